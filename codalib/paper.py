@@ -6,7 +6,8 @@ from itertools import pairwise
 
 PAPER = "arXiv:2503.17760"
 
-# What each measured column is called, and which direction is better (+1 larger, -1 smaller).
+# What each measured column is called, and which direction is better (+1 larger, -1 smaller). The last are not the
+# paper's: they are measured here with other networks, and so under other names.
 COLUMNS = {
     "quantization_error": ("Quantization error", -1),
     "rfid": ("rFID", -1),
@@ -14,6 +15,9 @@ COLUMNS = {
     "ssim": ("SSIM", +1),
     "utilization": ("Utilization", +1),
     "fid": ("FID", -1),
+    "lpips": ("LPIPS", -1),
+    "perplexity": ("Perplexity", +1),
+    "fd_effnet": ("FD-EfficientNet", -1),
 }
 
 

@@ -1,0 +1,41 @@
+# Everything from a fresh clone, each target with its own set-up:
+#   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
+#   make test                        style, unit tests, notebooks
+#   make lab                         JupyterLab on the notebooks
+#   make clean                       remove the environment and everything under runs/ (trained weights too)
+# PYTHON=python3.12 takes another interpreter (3.11 to 3.13). On a machine without a GPU,
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the download of the CUDA libraries.
+
+PYTHON ?= python3
+PROFILE ?= emoji
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup reproduce test lab clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test]"
+	touch $@
+
+# A lock of snakemake's own would outlive a killed run; codalib.execute holds one a notebook that does not.
+reproduce: $(STAMP)
+	$(BIN)/python -m snakemake --cores all --nolock --rerun-incomplete --quiet rules host reason \
+	    --config profile=$(PROFILE)
+	@echo "The results: reports/$(PROFILE)/index.html"
+
+test: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest --cov --cov-fail-under=85 --cov-report=term:skip-covered \
+	    --nbval-lax --nbval-current-env --nbval-cell-timeout=600 tests notebooks
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+clean:
+	rm -rf $(VENV) runs .snakemake .coverage

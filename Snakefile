@@ -1,0 +1,75 @@
+"""The order of the notebooks under one profile: `snakemake --cores all --config profile=emoji` (`make reproduce`).
+
+A stage runs again when its notebook, the profile's values for it, a module that shapes its numbers, its data or a stage
+before it has changed. Its checkpoints are nobody's output, so that an interrupted stage finds them and goes on.
+"""
+
+import os
+import sys
+
+from codalib.execute import library_files, profile_path, profile_section
+from codalib.runs import MANIFEST, reports_folder, runs_folder
+
+PROFILE = config.get("profile", "emoji")
+RUNS = os.path.relpath(runs_folder(PROFILE))
+REPORTS = os.path.relpath(reports_folder(PROFILE))
+PYTHON = sys.executable
+
+# Stage -> the stages whose results it reads.
+NEEDS = {
+    "00_pretrain_vae": [],
+    "01_train_tokenizer": ["00_pretrain_vae"],
+    "table1_ablation": ["00_pretrain_vae", "01_train_tokenizer"],
+    "fig7_reconstructions": ["00_pretrain_vae", "01_train_tokenizer"],
+}
+profile_path(PROFILE)  # an unknown profile stops here, with the known ones named
+
+
+def finished(stages):
+    return [f"{RUNS}/{stage}/{MANIFEST}" for stage in stages]
+
+
+def files(folder, *endings):
+    found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in found if path.endswith(endings))
+
+
+wildcard_constraints:
+    stage="|".join(NEEDS),
+
+
+rule all:
+    input:
+        f"{REPORTS}/index.html",
+
+
+rule stage:
+    input:
+        needs=lambda wildcards: finished(NEEDS[wildcards.stage]),
+        library=lambda wildcards: library_files(f"notebooks/{wildcards.stage}.ipynb"),
+        data=files("data", ".parquet", ".safetensors"),
+        notebook="notebooks/{stage}.ipynb",
+    output:
+        manifest=RUNS + "/{stage}/" + MANIFEST,
+        page=REPORTS + "/{stage}.html",
+    params:
+        values=lambda wildcards: profile_section(PROFILE, wildcards.stage),
+    threads: workflow.cores  # one stage at a time, with the whole machine
+    shell:
+        "{PYTHON:q} -m codalib.execute {input.notebook:q} --profile {PROFILE:q}"
+
+
+rule report:
+    input:
+        finished(NEEDS),
+        pages=expand(REPORTS + "/{stage}.html", stage=NEEDS),
+        library=library_files("notebooks/report.ipynb"),
+        templates=files("codalib/templates", ""),
+        notebook="notebooks/report.ipynb",
+    output:
+        index=f"{REPORTS}/index.html",
+        page=f"{REPORTS}/report.html",
+    params:
+        values=profile_section(PROFILE, "report"),
+    shell:
+        "{PYTHON:q} -m codalib.execute {input.notebook:q} --profile {PROFILE:q}"

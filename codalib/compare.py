@@ -1,0 +1,133 @@
+"""Measured numbers beside the paper's: verdicts on its claims, tables of both, and numbers as people read them."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from codalib.paper import CLAIMS, COLUMNS, Table
+
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+SIGNIFICANCE = 0.05
+SEEDS_FOR_A_TEST = 3  # below this the seeds are only compared in sign
+PAPER_PREFIX, SPREAD_SUFFIX = "paper_", "_std"
+
+
+def judge(
+    claim: str, improvements: Sequence[float], effect: str, margin: float = 0.0, detail: str = ""
+) -> dict[str, str]:
+    """The verdict on a claim of the paper, computed from what the runs measured.
+
+    Args:
+        claim: an id of `paper.CLAIMS`.
+        improvements: one number a seed, positive where the claim's direction was found; of a claim in several parts the
+            smallest of its parts.
+        effect: the measured effect in words and numbers.
+        margin: a mean improvement no larger than this, either way, decides nothing.
+        detail: what else a reader should know.
+
+    From three seeds on, a one-sided t-test of the improvements against 0 decides (p < 0.05); below that, all seeds must
+    agree. Returns {"id", "verdict", "effect", "detail"} for `Run.finish`.
+    """
+    if claim not in CLAIMS:
+        raise ValueError(f"There is no claim {claim!r}; paper.py has {', '.join(CLAIMS)}.")
+    values = np.asarray(improvements, dtype=float)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"Claim {claim!r} needs a finite improvement for each seed, got {list(improvements)}.")
+    if len(values) >= SEEDS_FOR_A_TEST and values.std() > 0:
+        chance = {side: stats.ttest_1samp(values, 0, alternative=side).pvalue for side in ("greater", "less")}
+        better, worse = chance["greater"] < SIGNIFICANCE, chance["less"] < SIGNIFICANCE
+        how = f"{len(values)} seeds, one-sided t-test, p = {min(chance.values()):.2g}."
+    else:
+        better, worse = (values > 0).all(), (values <= 0).all()
+        how = f"{len(values)} seeds, no test." if len(values) > 1 else "One seed, so its spread is not known."
+    decided = abs(values.mean()) > margin or not margin
+    verdict = HOLDS if better and decided else FAILS if worse and decided else UNDECIDED
+    return {"id": claim, "verdict": verdict, "effect": effect, "detail": f"{detail} {how}".strip()}
+
+
+def beside_paper(rows: Sequence[Mapping[str, Any]], table: Table, columns: Mapping[str, str | None]) -> pd.DataFrame:
+    """The run's ROWS, each measure next to the paper's column for the same method.
+
+    Args:
+        rows: {"method": a method of TABLE or one of ours, measure: number}.
+        columns: measure of the run -> column of the paper's table, None where the paper has none of the kind.
+
+    Returns a frame with "method", then each measure followed by "paper_COLUMN"; gaps are NaN.
+    """
+    published = {row.method: row.published() for row in table}
+    lines = []
+    for row in rows:
+        line: dict[str, Any] = {"method": row["method"]}
+        for measure, column in columns.items():
+            line[measure] = row.get(measure)
+            if column:
+                line[PAPER_PREFIX + column] = published.get(row["method"], {}).get(column)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def label(column: str) -> str:
+    """A column of a CSV file as readers know it: `paper_rfid` -> "rFID (paper)"."""
+    if column.startswith(PAPER_PREFIX):
+        return f"{label(column.removeprefix(PAPER_PREFIX))} (paper)"
+    return COLUMNS[column][0] if column in COLUMNS else column.replace("_", " ").capitalize()
+
+
+def readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table for people: labels, rounded numbers, shares as percent, `X` and `X_std` in one column."""
+    shown = pd.DataFrame(index=frame.index)
+    for column in frame.columns:
+        if column.endswith(SPREAD_SUFFIX) and column.removesuffix(SPREAD_SUFFIX) in frame:
+            continue
+        spread = frame.get(column + SPREAD_SUFFIX, pd.Series([None] * len(frame), index=frame.index))
+        share = "utilization" in column
+        shown[label(column)] = [number(value, share, noise) for value, noise in zip(frame[column], spread, strict=True)]
+    return shown
+
+
+def number(value: Any, share: bool = False, spread: Any = None) -> str:
+    """A value in four significant digits at most (a SHARE in percent), with its SPREAD; "" for a missing one."""
+    if isinstance(value, str):
+        return value
+    if value is None or pd.isna(value):
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if share:
+        text = f"{100 * value:.1f}".removesuffix(".0")
+    elif float(value).is_integer():
+        text = f"{int(value):,}"
+    else:
+        digits = max(0, 3 - max(0, math.floor(math.log10(abs(value)))) - 1) if abs(value) >= 1 else 4
+        text = f"{value:.{max(digits, 1)}f}" if abs(value) >= 1e-4 else f"{value:.2g}"
+    unit = " %" if share else ""
+    if spread is None or pd.isna(spread):
+        return text + unit
+    return f"{text} ± {100 * spread if share else spread:.2g}{unit}"
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A table of texts in Markdown's pipe form."""
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(re.sub(r"([|])", r"\\\1", cell) for cell in line) + " |" for line in lines)
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as people say them, "" for None."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def size(count: int | None) -> str:
+    """Bytes as people say them, "" for None."""
+    if not count:
+        return ""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

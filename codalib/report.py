@@ -1,0 +1,230 @@
+"""The page of a profile: what its stages measured, the paper's claims, and how each number came about.
+
+It reads only the `manifest.json` of each stage in `runs/PROFILE/` and the files that it names (see `runs.Run.finish`).
+"""
+
+import html
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from codalib import pages
+from codalib.compare import FAILS, HOLDS, UNDECIDED, clock, markdown_table, number, readable, size
+from codalib.paper import CLAIMS, COLUMNS, PAPER, Claim
+from codalib.runs import MANIFEST, atomic_write, read_json, reports_folder, runs_folder, write_json
+
+log = logging.getLogger(__name__)
+
+VERDICTS = {  # verdict -> its CSS class, and how one and several claims are said to have come out
+    HOLDS: ("holds", "holds", "hold"),
+    FAILS: ("fails", "does not hold", "do not hold"),
+    UNDECIDED: ("undecided", "is undecided", "are undecided"),
+}
+SUMMARY = f"""
+**What CODA is.** A *tokenizer* turns a picture into a short list of whole numbers, so that models made for text can
+make pictures too. CODA ([{PAPER}](https://arxiv.org/abs/2503.17760)) does not train one from nothing: it takes a
+continuous autoencoder that already compresses pictures well, and learns only how to round its output to a fixed set of
+codes. It does so in several levels, each rounding what the levels before left over; it picks codes by attention instead
+of by distance, so that all codes come into use; and it adapts the autoencoder a little to the rounding.
+""".strip()
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook's run: its folder and what its manifest says."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.manifest["notebook"]
+
+    @property
+    def finished(self) -> bool:
+        return self.manifest["state"] == "finished"
+
+    def results(self, kind: str) -> list[dict[str, Any]]:
+        """The results of one kind, "tables", "figures" or "claims"; none while the stage has not finished."""
+        return self.manifest["results"].get(kind, []) if self.finished else []
+
+
+def read_stages(profile: str) -> list[Stage]:
+    """The stages that have run under PROFILE, in the order of their starts; the report's own run is left out."""
+    stages = [Stage(path.parent, read_json(path)) for path in runs_folder(profile).glob(f"*/{MANIFEST}")]
+    return sorted((s for s in stages if s.name != "report"), key=lambda stage: (stage.manifest["started"], stage.name))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def build(profile: str) -> Path:
+    """Write the page of PROFILE, its tables (CSV, Markdown), figures (PNG, SVG) and manifests; returns the page."""
+    stages, folder = read_stages(profile), reports_folder(profile)
+    for generated in ("tables", "figures"):
+        shutil.rmtree(folder / generated, ignore_errors=True)
+    body = [f"<h1>CODA, reproduced: profile {html.escape(profile)}</h1>", pages.markdown(SUMMARY)]
+    if not stages:
+        body.append("<p>No stage has run yet: <code>make reproduce</code> runs them all.</p>")
+    body += [_glance(stages), _claims(stages, folder), _results(stages, folder), _provenance(stages, folder)]
+    write_json(folder / MANIFEST, [stage.manifest for stage in stages])
+    page = pages.page(f"CODA, profile {profile}", "\n".join(body))
+    with atomic_write(folder / "index.html") as file:
+        file.write(page)
+    log.info("%s: %d stages, %.1f MB", folder / "index.html", len(stages), len(page) / 1e6)
+    return folder / "index.html"
+
+
+def _link(stage: Stage, folder: Path, text: str = "") -> str:
+    name = html.escape(text or stage.name)
+    return f'<a href="{stage.name}.html">{name}</a>' if (folder / f"{stage.name}.html").exists() else name
+
+
+def _glance(stages: Sequence[Stage]) -> str:
+    """One sentence on the claims: how many were checked, and how they came out."""
+    verdicts = [claim["verdict"] for stage in stages for claim in stage.results("claims")]
+    if not verdicts:
+        return ""
+    counts = []
+    for verdict, (style, *words) in VERDICTS.items():
+        count = verdicts.count(verdict)
+        counts.append(f'<span class="{style}">{count} {words[count != 1]}</span>')
+    return (
+        "<p><strong>What this run found.</strong> "
+        f"Of {len(verdicts)} checked claims of the paper, {', '.join(counts)}.</p>"
+    )
+
+
+def _claims(stages: Sequence[Stage], folder: Path) -> str:
+    """The checked claims with their verdicts; then those that no stage of this run has checked."""
+    items, checked = [], set()
+    for stage in stages:
+        for result in stage.results("claims"):
+            if result["id"] not in CLAIMS or result["verdict"] not in VERDICTS:
+                raise ValueError(f"{stage.folder / MANIFEST} names an unknown claim or verdict: {result}.")
+            claim, style = CLAIMS[result["id"]], VERDICTS[result["verdict"]][0]
+            checked.add(claim.id)
+            caution = f'<p class="quiet">Caution: {pages.inline(claim.caution)}</p>' if claim.caution else ""
+            items.append(
+                f'<li class="{style}-mark" id="claim-{claim.id}">'
+                f'<p><span class="{style}">{result["verdict"].capitalize()}.</span> {pages.inline(claim.statement)}</p>'
+                f"<p>Measured: {pages.inline(str(result.get('effect', '')))}</p>"
+                f'<p class="quiet">{pages.inline(result.get("detail", ""))} Paper: {claim.source}; {_published(claim)}'
+                f"notebook {_link(stage, folder)}.</p>{caution}</li>"
+            )
+    rest = [claim for claim in CLAIMS.values() if claim.id not in checked]
+    parts = [f'<h2>The paper\'s claims</h2><ul class="claims">{"".join(items)}</ul>' if items else ""]
+    if items and rest:
+        lines = "".join(f"<li>{pages.inline(claim.statement)} ({claim.source})</li>" for claim in rest)
+        parts.append(f"<details><summary>Not checked in this run: {len(rest)}</summary><ul>{lines}</ul></details>")
+    return "\n".join(parts)
+
+
+def _published(claim: Claim) -> str:
+    """The published numbers behind a claim: first and last of each measure."""
+    ends: dict[str, list[float]] = {}
+    for comparison in claim.comparisons:
+        before, after = comparison.published
+        ends.setdefault(comparison.column, [before])[1:] = [after]
+    texts = [
+        f"{COLUMNS[column][0]} {number(before, column == 'utilization')} → {number(after, column == 'utilization')}"
+        for column, (before, after) in ends.items()
+    ]
+    return f"{', '.join(texts)}; " if texts else ""
+
+
+def _results(stages: Sequence[Stage], folder: Path) -> str:
+    """Tables and figures, stage by stage."""
+    parts = []
+    for stage in stages:
+        tables, figures = stage.results("tables"), stage.results("figures")
+        if not tables and not figures:
+            continue
+        parts.append(f"<h2>{html.escape(stage.manifest.get('title') or stage.name)}</h2>")
+        parts.append(f'<p class="quiet">Notebook {_link(stage, folder)}.</p>')
+        parts += [_table(stage, result, folder) for result in tables]
+        parts += [_figure(stage, result, folder) for result in figures]
+    return "\n".join(parts)
+
+
+def _table(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
+    source = stage.folder / result["file"]
+    frame = pd.read_csv(source)
+    name = f"{stage.name}-{Path(result['file']).stem}"
+    shown = readable(frame)
+    with atomic_write(folder / "tables" / f"{name}.csv") as file:
+        file.write(source.read_text(encoding="utf-8"))
+    with atomic_write(folder / "tables" / f"{name}.md") as file:
+        file.write(f"{result['title']}\n\n{markdown_table(shown)}\n\n{result.get('caption', '')}\n")
+    wide = [column for column in shown if shown[column].astype(str).str.len().max() > 40]
+    links = f'<a href="tables/{name}.csv">CSV</a>, <a href="tables/{name}.md">Markdown</a>'
+    caption = pages.inline(result.get("caption", ""))
+    return (
+        f"<h3>{pages.inline(result['title'])}</h3>{pages.table(shown, prose=wide)}"
+        f'<p class="quiet">{caption} ({links})</p>'
+    )
+
+
+def _figure(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
+    links = []
+    for kind in ("png", "svg"):
+        if kind in result:
+            name = f"{stage.name}-{Path(result[kind]).name}"
+            with atomic_write(folder / "figures" / name, "wb") as file:
+                file.write((stage.folder / result[kind]).read_bytes())
+            links.append(f"[{kind.upper()}](figures/{name})")
+    return pages.figure(stage.folder / result["png"], f"{result['caption']} ({', '.join(links)})", result["alt"])
+
+
+def _provenance(stages: Sequence[Stage], folder: Path) -> str:
+    """How the numbers came about: one row a stage, then versions, machine and every parameter."""
+    if not stages:
+        return ""
+    rows = [
+        {
+            "Stage": _link(stage, folder),
+            "State": stage.manifest["state"],
+            "Time": clock(stage.manifest.get("seconds")),
+            "Peak memory": size(stage.manifest.get("peak_memory_bytes")),
+            "Peak GPU memory": size(stage.manifest.get("peak_gpu_memory_bytes")),
+            "Seed": str(stage.manifest["seed"]),
+            "Commit": commit(stage.manifest),
+            "Started (UTC)": stage.manifest["started"][:16].replace("T", " "),
+        }
+        for stage in stages
+    ]
+    frame = pd.DataFrame(rows)
+    if not frame["Peak GPU memory"].any():
+        frame = frame.drop(columns="Peak GPU memory")
+    total = clock(sum(stage.manifest.get("seconds") or 0 for stage in stages))
+    parts = ["<h2>How these numbers came about</h2>", pages.table(frame), f"<p>All stages together: {total}.</p>"]
+    for title, key in (("Machine", "machine"), ("Versions", "versions")):
+        values = {tuple(sorted((stage.manifest.get(key) or {}).items(), key=str)) for stage in stages}
+        texts = [", ".join(f"{k.removesuffix('_bytes')} {_plain(k, v)}" for k, v in value if v) for value in values]
+        parts.append(f"<p><strong>{title}.</strong> {html.escape('; or '.join(sorted(texts)))}.</p>")
+    for stage in stages:
+        lines = pd.DataFrame([{"Parameter": k, "Value": repr(v)} for k, v in stage.manifest["parameters"].items()])
+        inside = pages.table(lines, prose=["Value"]) if len(lines) else "<p>None.</p>"
+        parts.append(f"<details><summary>Parameters of {html.escape(stage.name)}</summary>{inside}</details>")
+    return "\n".join(parts)
+
+
+def _plain(key: str, value: Any) -> str:
+    return size(value) if key.endswith("_bytes") else str(value)
+
+
+def commit(manifest: Mapping[str, Any]) -> str:
+    """The commit's first digits, with a plus where the checkout held changes that it does not hold."""
+    return (
+        f"{manifest['commit'][:9]}{' + changes' if manifest.get('dirty') else ''}"
+        if manifest.get("commit")
+        else "unknown"
+    )
