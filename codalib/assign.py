@@ -1,13 +1,28 @@
-"""Assignment of features to codes: the value, the index and the entropy of a softmax over all codes, in tiles.
+"""Assignment of features to codes: value, index and entropy of a softmax over all codes, without tokens x codes.
 
 A softmax assignment of N tokens to K codes is an (N, K) matrix of logits, and its plain formula keeps several such
-matrices alive until the backward pass. Here a tile of tokens is taken through the whole formula at a time, and the
-backward pass computes the tile again; what is kept between the two is O(N + K) and exact: no token and no code is
-sampled, nothing is approximated.
+matrices alive until the backward pass. Here a tile of tokens at a time goes through the whole formula, and the backward
+pass computes the tile again: what lives between the two is O(N + K). It is exact: no token and no code is sampled,
+nothing is approximated. Statistics are float32 (float64 for float64 inputs), whatever the inputs.
+
+Backends, the same values and gradients from each:
+
+    reference   the plain formula, for tests and for reading
+    tiled       tiles in eager torch; everywhere
+    compiled    tiles whose element-wise parts torch.compile fuses; about 10 s of compiling at first use, and with no
+                compiler at hand one warning and `tiled` instead
+    triton      CUDA kernels (`codalib.assign_triton`), forward and backward
+    auto        on CUDA `triton` where Triton is installed; on other devices `compiled` where a training step has
+                2^25 logits or more, so that the compiling pays after some ten steps; otherwise `tiled`
 
 Ties: the lowest index of the largest logits is chosen, as `torch.argmax` does.
 """
 
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,10 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BACKENDS = ("auto", "reference", "tiled")
+BACKENDS = ("auto", "reference", "tiled", "compiled", "triton")
 ENTROPY_EPS = 1e-5  # added to the mean distribution inside its logarithm; the value of the release
-TILE_ELEMENTS = 2**21  # logits in one tile: 8 MiB in float32, a few of which fit a processor's last cache
-TILE_TOKENS = 128  # tokens in one tile at most; longer tiles make no matrix product faster
+AUTO_COMPILE_LOGITS = 2**25  # MAR scales: 4 images at K = 16,384; a step of `tiled` then takes about 0.5 s
+TILE_ELEMENTS = {"cpu": 2**21}  # logits in one tile: 8 MiB in float32, a few of which fit a processor's last cache
+TILE_ELEMENTS_ELSEWHERE = 2**25  # a GPU wants longer kernels: 128 MiB
+TILE_LEAST_TOKENS = 16  # tokens in one tile at least, however many the codes: matrix products of fewer rows are slow
+ARGMAX_BLOCK = 64  # codes
+# exp(-80) = 2e-35: a row's largest exponential is 1, so no sum over any number of codes that fits a memory can tell it
+# from 0, while processors take exp of anything near float32's least number (exp(-87)) 12 to 40 times more slowly.
+EXP_FLOOR = -80.0
 
 
 class Assignment(NamedTuple):
@@ -31,10 +52,24 @@ class Assignment(NamedTuple):
 
 
 def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int) -> str:
-    """The backend that "auto" stands for on `device` with `tokens` x `codes` logits; any other name is returned."""
+    """The backend to use for `tokens` x `codes` logits on `device`: decides "auto", checks that the others can run.
+
+    Raises ValueError on an unknown name, or on "triton" where it cannot run.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    return "tiled" if backend == "auto" else backend
+    has_triton = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        if device.type == "cuda":
+            return "triton" if has_triton else "tiled"
+        # Not in evaluation: argmax is never compiled, and a forward pass alone gains little.
+        return "compiled" if torch.is_grad_enabled() and tokens * codes >= AUTO_COMPILE_LOGITS else "tiled"
+    if backend == "triton":
+        if not has_triton:
+            raise ValueError('backend "triton" got, but Triton is not installed; install it or choose "tiled"')
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f'backend "triton" got for tensors on {device}; move them to CUDA or choose "tiled"')
+    return backend
 
 
 def softmax_assign(
@@ -46,152 +81,326 @@ def softmax_assign(
     mixture: with one-hot O and softmax P it is `(O + P - stop_gradient(P)) @ values`. The entropy is that of
     softmax(logits / entropy_temperature).
 
-    Shapes: queries (N, D), keys (K, D), values (K, C). Statistics are float32, or float64 for float64 inputs.
+    Shapes: queries (N, D), keys (K, D), values (K, C); N and K at least 1. Raises ValueError on shapes that do not fit.
     """
-    _check_same_width(queries, keys)
+    _check_rows(queries, keys)
     if values.ndim != 2 or len(values) != len(keys):
-        raise ValueError(
-            f"values of shape {tuple(values.shape)} for {len(keys)} keys; expected ({len(keys)}, channels)"
-        )
+        raise ValueError(f"values of shape {tuple(values.shape)} got for {len(keys)} keys, expected (K, C)")
     backend = resolve_backend(backend, queries.device, len(queries), len(keys))
     with torch.autocast(queries.device.type, enabled=False):
+        if backend == "triton":
+            from codalib.assign_triton import TritonAssign
+
+            value, indices, entropy = TritonAssign.apply(queries, keys, values, scale, entropy_temperature)
+            return Assignment(value, _at_least_float32(F.embedding(indices, values)), indices, entropy)
         queries, keys, values = (_at_least_float32(x) for x in (queries, keys, values))
         if backend == "reference":
             return _reference_assign(queries * scale, keys, values, entropy_temperature)
-        value, indices, entropy = _TiledAssign.apply(queries * scale, keys, values, entropy_temperature)
+        parts = _compiled_parts(queries.device.type) if backend == "compiled" else _EAGER_PARTS
+        value, indices, entropy = _TiledAssign.apply(queries * scale, keys, values, entropy_temperature, parts)
         return Assignment(value, F.embedding(indices, values), indices, entropy)
 
 
 @torch.no_grad()
-def argmax_assign(queries: Tensor, keys: Tensor, backend: str = "auto") -> Tensor:
-    """Index of the key with the largest product with each query, with no softmax: (N, D), (K, D) -> (N,) int64."""
-    _check_same_width(queries, keys)
+def argmax_assign(queries: Tensor, keys: Tensor, scale: float = 1.0, backend: str = "auto") -> Tensor:
+    """Index of the largest `scale * queries @ keys.T` of each row, with no softmax: (N, D), (K, D) -> (N,) int64.
+
+    The same indices as `softmax_assign` with the same arguments, to the last bit: both take the same products.
+    """
+    _check_rows(queries, keys)
     backend = resolve_backend(backend, queries.device, len(queries), len(keys))
     with torch.autocast(queries.device.type, enabled=False):
-        queries, keys = _at_least_float32(queries), _at_least_float32(keys)
+        if backend == "triton":
+            from codalib.assign_triton import triton_argmax
+
+            return triton_argmax(queries, keys, scale)
+        queries, keys = _at_least_float32(queries) * scale, _at_least_float32(keys)
         if backend == "reference":
             return (queries @ keys.T).argmax(dim=-1)
-        indices = [(tile @ keys.T).argmax(dim=-1) for tile in queries.split(_tile_tokens(len(keys)))]
-        return torch.cat(indices) if indices else queries.new_zeros(0, dtype=torch.long)
+        indices = queries.new_empty(len(queries), dtype=torch.long)
+        for rows, logits in _tiles(queries, len(keys), buffers=1):
+            indices[rows] = _row_argmax(torch.mm(queries[rows], keys.T, out=logits))
+        return indices
 
 
+@torch.no_grad()
 def nearest_assign(features: Tensor, codes: Tensor, backend: str = "auto") -> Tensor:
     """Index of the code at the least Euclidean distance (Eq. 1 of arXiv:2503.17760): (N, C), (K, C) -> (N,) int64.
 
-    |f - c|^2 is least where f.c - |c|^2 / 2 is largest: one matrix product with a column of ones added to the features.
+    |f - c|^2 is least where f.c - |c|^2 / 2 is largest: one matrix product, with a column of ones at the features.
     """
-    _check_same_width(features, codes)
+    _check_rows(features, codes)
     features, codes = _at_least_float32(features), _at_least_float32(codes)
-    ones = features.new_ones(len(features), 1)
-    half_norms = codes.square().sum(dim=1, keepdim=True) / 2
-    return argmax_assign(torch.cat([features, ones], dim=1), torch.cat([codes, -half_norms], dim=1), backend)
+    ones, half_norms = features.new_ones(len(features), 1), codes.square().sum(dim=1, keepdim=True) / 2
+    return argmax_assign(torch.cat([features, ones], dim=1), torch.cat([codes, -half_norms], dim=1), backend=backend)
+
+
+@torch.no_grad()
+def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` largest logits of each row, falling, their indices (both (N, count)) and the row's log-sum-exp (N,)."""
+    _check_rows(queries, keys)
+    if not 1 <= count <= len(keys):
+        raise ValueError(f"count {count} got, expected 1 to {len(keys)}, the number of codes")
+    queries, keys = _at_least_float32(queries) * scale, _at_least_float32(keys)
+    top = queries.new_empty(len(queries), count)
+    indices, log_sums = torch.empty_like(top, dtype=torch.long), queries.new_empty(len(queries))
+    for rows, logits in _tiles(queries, len(keys), buffers=1):
+        torch.mm(queries[rows], keys.T, out=logits)
+        top[rows], indices[rows] = logits.topk(count, dim=1)
+        log_sums[rows] = logits.sub_(top[rows, :1]).clamp_(min=EXP_FLOOR).exp_().sum(dim=1).log_() + top[rows, 0]
+    return top, indices, log_sums
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean cross-entropy (in nats) of `hidden @ weight.T + bias` against targets, without the (N, K) logits.
+
+    For MaskGIT's head over a large codebook (Eq. 12 of arXiv:2503.17760): pass the masked positions' rows alone. The
+    gradients are computed tile by tile within the forward pass, three matrix products instead of four. Under autocast
+    the products run in its dtype; the statistics and the sums over tiles are float32.
+
+    Shapes: hidden (N, D), weight (K, D), targets (N,) int64 in [0, K), bias (K,). Raises ValueError where they do not
+    fit, where N is 0, and on a target outside [0, K).
+    """
+    _check_rows(hidden, weight)
+    if targets.shape != (len(hidden),):
+        raise ValueError(f"targets of shape {tuple(targets.shape)} got, expected ({len(hidden)},), one a row of hidden")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing {label_smoothing} got, expected 0 to 1")
+    low, high = targets.min().item(), targets.max().item()
+    if low < 0 or high >= len(weight):
+        raise ValueError(
+            f"targets in [{low}, {high}] got, expected [0, {len(weight) - 1}]; is a mask token among them?"
+        )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    with torch.autocast(device, enabled=False):
+        return _TiledCrossEntropy.apply(hidden, weight.to(hidden.dtype), targets, bias, label_smoothing)
 
 
 def _reference_assign(queries: Tensor, keys: Tensor, values: Tensor, entropy_temperature: float) -> Assignment:
-    """The plain formula, for tests and for reading: it holds several (N, K) matrices."""
+    """The plain formula: it holds several (N, K) matrices."""
     logits = queries @ keys.T  # (N, K)
     indices = logits.argmax(dim=-1)
     soft = logits.softmax(dim=-1)
     one_hot = F.one_hot(indices, len(keys)).to(soft)
-    log_sharp = (logits / entropy_temperature).log_softmax(dim=-1)
-    sharp = log_sharp.exp()
+    sharp, log_sharp = (
+        (logits / entropy_temperature).softmax(dim=-1),
+        (logits / entropy_temperature).log_softmax(dim=-1),
+    )
     mean = sharp.mean(dim=0)  # (K,)
     entropy = (mean * (mean + ENTROPY_EPS).log()).sum() - (sharp * log_sharp).sum(dim=-1).mean()
     return Assignment((one_hot + (soft - soft.detach())) @ values, one_hot @ values, indices, entropy)
 
 
 class _TiledAssign(torch.autograd.Function):
-    """`_reference_assign` in tiles; saved for backward are the inputs, five numbers a token and one a code."""
+    """`_reference_assign` in tiles; saved for backward are the inputs, two numbers a token and one a code."""
 
     @staticmethod
-    def forward(ctx, queries, keys, values, entropy_temperature):
+    def forward(ctx, queries, keys, values, entropy_temperature, parts):
         tokens, codes = len(queries), len(keys)
-        indices = queries.new_empty(tokens, dtype=torch.long)
-        statistics = queries.new_empty(4, tokens)  # the row's maximum; sum of exp; the same two sums at the temperature
-        mean = queries.new_zeros(codes)
-        for rows in _tiles(tokens, codes):
-            logits = queries[rows] @ keys.T
-            indices[rows], statistics[:, rows], column_sums = _forward_tile(logits, 1 / entropy_temperature)
-            mean += column_sums
+        sharpness = queries.new_tensor(1 / entropy_temperature)
+        indices, largest = queries.new_empty(tokens, dtype=torch.long), queries.new_empty(tokens)
+        mean, token_entropy = queries.new_zeros(codes), queries.new_zeros(())
+        for rows, logits, sharp in _tiles(queries, codes, buffers=2):
+            torch.mm(queries[rows], keys.T, out=logits)
+            indices[rows] = _row_argmax(logits)
+            largest[rows] = logits.gather(1, indices[rows, None])[:, 0]
+            sums, weighted_sums = parts.sharp(logits, sharp, largest[rows], sharpness)
+            mean += sums.reciprocal() @ sharp
+            token_entropy += (sums.log() - weighted_sums / sums).sum()
         mean /= tokens
-        _, _, sharp_sum, weighted_sum = statistics
-        token_entropy = (sharp_sum.log() - weighted_sum / sharp_sum).mean()
-        entropy = token_entropy + (mean * (mean + ENTROPY_EPS).log()).sum()
-        ctx.save_for_backward(queries, keys, values, indices, statistics, mean)
-        ctx.entropy_temperature = entropy_temperature
+        entropy = token_entropy / tokens + (mean * (mean + ENTROPY_EPS).log()).sum()
+        ctx.save_for_backward(queries, keys, values, indices, largest, mean)
+        ctx.sharpness, ctx.parts = sharpness, parts
         ctx.mark_non_differentiable(indices)
         return values[indices], indices, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_value, _, grad_entropy):
-        queries, keys, values, indices, statistics, mean = ctx.saved_tensors
-        tokens, codes = len(queries), len(keys)
-        # The derivative of the mean distribution's negative entropy with respect to its element k.
+        """With G = grad_value @ values.T, soft distribution P and sharp one S, the gradient of the logits is
+
+            P * (G - rowsum(P * G)) + weight * S * (U - rowsum(S * U)),  U = slope - log S,
+
+        where slope is the derivative of the mean distribution's negative entropy. A row's constant in U cancels, so
+        that log S stands for itself without its log-sum-exp.
+        """
+        queries, keys, values, indices, largest, mean = ctx.saved_tensors
         slope = (mean + ENTROPY_EPS).log() + mean / (mean + ENTROPY_EPS)
-        weight = grad_entropy / (tokens * ctx.entropy_temperature)
-        grad_queries, grad_keys = torch.empty_like(queries), torch.zeros_like(keys)
-        for rows in _tiles(tokens, codes):
-            logits = queries[rows] @ keys.T
-            grad_soft = grad_value[rows] @ values.T
-            grad_logits = _backward_tile(
-                logits, grad_soft, statistics[:, rows], slope, weight, 1 / ctx.entropy_temperature
+        weight = grad_entropy * ctx.sharpness / len(queries)
+        grad_queries, grad_keys = torch.empty_like(queries), queries.new_zeros(keys.T.shape)
+        for rows, logits, grad, soft, sharp in _tiles(queries, len(keys), buffers=4):
+            torch.mm(queries[rows], keys.T, out=logits)
+            torch.mm(grad_value[rows], values.T, out=grad)
+            soft_sums, soft_pull = ctx.parts.soft(logits, grad, soft, largest[rows])
+            sums, weighted_sums = ctx.parts.sharp(logits, sharp, largest[rows], ctx.sharpness)
+            sharp_pull = sharp @ slope - weighted_sums
+            ctx.parts.combine(
+                logits, grad, soft, sharp, 1 / soft_sums, soft_pull / soft_sums, weight / sums, sharp_pull / sums, slope
             )
-            torch.mm(grad_logits, keys, out=grad_queries[rows])
-            grad_keys.addmm_(grad_logits.T, queries[rows])
-        grad_values = torch.zeros_like(values).index_add_(0, indices, grad_value) if ctx.needs_input_grad[2] else None
-        return grad_queries, grad_keys, grad_values, None
+            torch.mm(grad, keys, out=grad_queries[rows])
+            grad_keys.addmm_(queries[rows].T, grad)  # (D, K): a faster product than (K, D)
+        grad_values = torch.zeros_like(values).index_add_(0, indices, grad_value)
+        return grad_queries, grad_keys.T, grad_values, None, None
 
 
-def _forward_tile(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices (T,), statistics (4, T) and summed sharp distribution (K,) of a tile of logits, which it overwrites."""
-    largest, indices = logits.max(dim=1)
-    logits -= largest[:, None]
-    exponentials = logits.exp()
-    soft_sum = exponentials.sum(dim=1)
-    logits *= sharpness
-    torch.exp(logits, out=exponentials)
-    sharp_sum = exponentials.sum(dim=1)
-    weighted_sum = torch.linalg.vecdot(exponentials, logits)
-    column_sums = sharp_sum.reciprocal() @ exponentials
-    return indices, torch.stack([largest, soft_sum, sharp_sum, weighted_sum]), column_sums
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Saved for backward are the gradients themselves, of the shapes of hidden, weight and bias."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, label_smoothing):
+        tokens, codes = len(hidden), len(weight)
+        needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
+        full = torch.promote_types(hidden.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=full)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=full) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=full) if needs_bias else None
+        for rows, logits in _tiles(hidden.to(full), codes, buffers=1):
+            if hidden.dtype == full:
+                torch.mm(hidden[rows], weight.T, out=logits)
+            else:
+                logits.copy_(hidden[rows] @ weight.T)
+            if bias is not None:
+                logits += bias
+            wanted = logits.gather(1, targets[rows, None])[:, 0]
+            largest = logits.amax(dim=1)
+            aim = (1 - label_smoothing) * wanted + label_smoothing * logits.mean(dim=1)
+            sums = logits.sub_(largest[:, None]).clamp_(min=EXP_FLOOR).exp_().sum(dim=1)
+            loss += (largest + sums.log() - aim).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            grad = logits.mul_((1 / (sums * tokens))[:, None]).sub_(label_smoothing / (codes * tokens))
+            grad.scatter_add_(1, targets[rows, None], torch.full_like(wanted[:, None], (label_smoothing - 1) / tokens))
+            if needs_bias:
+                grad_bias += grad.sum(dim=0)
+            grad = grad.to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if needs_weight:
+                grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return loss / tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight, grad_bias = (None if x is None else x * grad_loss for x in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, grad_bias, None
 
 
-def _backward_tile(
-    logits: Tensor, grad_soft: Tensor, statistics: Tensor, slope: Tensor, weight: Tensor, sharpness: float
-) -> Tensor:
-    """The gradient of a tile's logits (T, K); both tiles are overwritten.
+class _Parts(NamedTuple):
+    """The element-wise work on a tile: what torch.compile fuses. Every tile is (T, K), every other tensor (T,) or (K,)."""
 
-    With soft distribution P, sharp distribution S and G = grad_value @ values.T, it is
-    P * (G - rowsum(P * G)) + weight * S * (U - rowsum(S * U)), where U = slope - log S.
-    """
-    largest, soft_sum, sharp_sum, _ = statistics[:, :, None]
-    logits -= largest
-    soft = logits.exp().div_(soft_sum)
-    row_sums = torch.linalg.vecdot(soft, grad_soft)
-    grad_logits = grad_soft.sub_(row_sums[:, None]).mul_(soft)
-    logits.mul_(sharpness).sub_(sharp_sum.log())  # now log S
-    sharp = torch.exp(logits, out=soft)
-    pull = torch.sub(slope, logits, out=logits)
-    row_sums = torch.linalg.vecdot(sharp, pull)
-    return grad_logits.add_(pull.sub_(row_sums[:, None]).mul_(sharp).mul_(weight))
+    sharp: (
+        Callable  # (logits, sharp, largest, sharpness) -> sum of sharp, sum of sharp * log sharp; logits <- log sharp
+    )
+    soft: Callable  # (logits, grad, soft, largest) -> sum of soft, sum of soft * grad
+    combine: (
+        Callable  # (log_sharp, grad, soft, sharp, soft_factor, soft_pull, sharp_factor, sharp_pull, slope); grad <-
+    )
 
 
-def _tile_tokens(codes: int) -> int:
-    return max(1, min(TILE_TOKENS, TILE_ELEMENTS // codes))
+def _sharp_in_place(logits, sharp, largest, sharpness):
+    logits.sub_(largest[:, None]).mul_(sharpness).clamp_(min=EXP_FLOOR)
+    torch.exp(logits, out=sharp)
+    return sharp.sum(dim=1), torch.linalg.vecdot(sharp, logits)
 
 
-def _tiles(tokens: int, codes: int) -> list[slice]:
-    step = _tile_tokens(codes)
-    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+def _soft_in_place(logits, grad, soft, largest):
+    torch.sub(logits, largest[:, None], out=soft).clamp_(min=EXP_FLOOR).exp_()
+    return soft.sum(dim=1), torch.linalg.vecdot(soft, grad)
+
+
+def _combine_in_place(log_sharp, grad, soft, sharp, soft_factor, soft_pull, sharp_factor, sharp_pull, slope):
+    grad.sub_(soft_pull[:, None]).mul_(soft.mul_(soft_factor[:, None]))
+    pull = torch.sub(slope, log_sharp, out=log_sharp).sub_(sharp_pull[:, None])
+    grad.addcmul_(sharp.mul_(sharp_factor[:, None]), pull)
+
+
+def _sharp_formula(logits, sharp, largest, sharpness):
+    log_sharp = ((logits - largest[:, None]) * sharpness).clamp(min=EXP_FLOOR)
+    exponentials = log_sharp.exp()
+    logits.copy_(log_sharp)
+    sharp.copy_(exponentials)
+    return exponentials.sum(dim=1), (exponentials * log_sharp).sum(dim=1)
+
+
+def _soft_formula(logits, grad, soft, largest):
+    exponentials = (logits - largest[:, None]).clamp(min=EXP_FLOOR).exp()
+    soft.copy_(exponentials)
+    return exponentials.sum(dim=1), (exponentials * grad).sum(dim=1)
+
+
+def _combine_formula(log_sharp, grad, soft, sharp, soft_factor, soft_pull, sharp_factor, sharp_pull, slope):
+    of_soft = soft * soft_factor[:, None] * (grad - soft_pull[:, None])
+    of_sharp = sharp * sharp_factor[:, None] * (slope - log_sharp - sharp_pull[:, None])
+    grad.copy_(of_soft + of_sharp)
+
+
+_EAGER_PARTS = _Parts(_sharp_in_place, _soft_in_place, _combine_in_place)
+
+
+@cache
+def _compiled_parts(device: str) -> _Parts:
+    """The parts through torch.compile, tried once; without a working compiler one warning and the eager parts."""
+    formulas = _Parts(_sharp_formula, _soft_formula, _combine_formula)
+    try:
+        parts = _Parts(*(torch.compile(formula, dynamic=True, fullgraph=True) for formula in formulas))
+        tile = [torch.zeros(3, 130, device=device) for _ in range(4)]
+        rows, columns = torch.ones(3, device=device), torch.zeros(130, device=device)
+        with torch.no_grad():
+            parts.soft(*tile[:3], rows)
+            parts.sharp(*tile[:2], rows, torch.ones((), device=device))
+            parts.combine(*tile, rows, rows, rows, rows, columns)
+    except (RuntimeError, ImportError, OSError) as error:  # what torch.compile raises where a toolchain is missing
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(f'torch.compile does not work here, "tiled" is used instead: {reason}', stacklevel=3)
+        return _EAGER_PARTS
+    return _Parts(*(_eager_where_tiny(*pair) for pair in zip(parts, _EAGER_PARTS, strict=True)))
+
+
+def _eager_where_tiny(compiled: Callable, eager: Callable) -> Callable:
+    """Sizes of 1 are constants to torch.compile, each worth a compilation of its own: they stay eager."""
+    return lambda logits, *others: (eager if 1 in logits.shape else compiled)(logits, *others)
+
+
+def _row_argmax(logits: Tensor) -> Tensor:
+    """`logits.argmax(dim=1)` in two steps, blocks first: torch vectorises a maximum, but not its index."""
+    codes = logits.shape[1]
+    blocks = codes // ARGMAX_BLOCK
+    if blocks < 2:
+        return logits.argmax(dim=1)
+    whole = logits[:, : blocks * ARGMAX_BLOCK].unflatten(1, (blocks, ARGMAX_BLOCK))  # (T, blocks, block)
+    block = whole.amax(dim=2).argmax(dim=1, keepdim=True)  # (T, 1)
+    inside = whole.gather(1, block[:, :, None].expand(-1, 1, ARGMAX_BLOCK)).argmax(dim=2)  # (T, 1)
+    indices = block * ARGMAX_BLOCK + inside
+    if codes % ARGMAX_BLOCK:
+        rest, in_rest = logits[:, blocks * ARGMAX_BLOCK :].max(dim=1, keepdim=True)
+        indices = torch.where(rest > logits.gather(1, indices), in_rest + blocks * ARGMAX_BLOCK, indices)
+    return indices[:, 0]
+
+
+def _tiles(queries: Tensor, codes: int, buffers: int) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
+    """The rows of each tile of tokens, with uninitialised (T, K) buffers that all tiles share."""
+    elements = TILE_ELEMENTS.get(queries.device.type, TILE_ELEMENTS_ELSEWHERE)
+    step = min(max(TILE_LEAST_TOKENS, elements // codes), len(queries))
+    tiles = [queries.new_empty(step, codes) for _ in range(buffers)]
+    for start in range(0, len(queries), step):
+        rows = slice(start, min(start + step, len(queries)))
+        yield rows, *(tile[: rows.stop - start] for tile in tiles)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check_same_width(queries: Tensor, keys: Tensor) -> None:
-    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
+def _check_rows(queries: Tensor, keys: Tensor) -> None:
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or 0 in (len(queries), len(keys)):
         raise ValueError(
-            f"queries {tuple(queries.shape)} and keys {tuple(keys.shape)} do not match; expected (N, D) and (K, D)"
+            f"rows of shape {tuple(queries.shape)} and codes of shape {tuple(keys.shape)} got, expected (N, D) and (K, D) "
+            "with N and K at least 1"
         )

@@ -38,7 +38,7 @@ def judge(
     values = np.asarray(improvements, dtype=float)
     if not len(values) or not np.isfinite(values).all():
         raise ValueError(f"Claim {claim!r} needs a finite improvement for each seed, got {list(improvements)}.")
-    if len(values) >= SEEDS_FOR_A_TEST and values.std() > 0:
+    if len(values) >= SEEDS_FOR_A_TEST and not np.allclose(values, values[0]):
         chance = {side: stats.ttest_1samp(values, 0, alternative=side).pvalue for side in ("greater", "less")}
         better, worse = chance["greater"] < SIGNIFICANCE, chance["less"] < SIGNIFICANCE
         how = f"{len(values)} seeds, one-sided t-test, p = {min(chance.values()):.2g}."
@@ -91,7 +91,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def number(value: Any, share: bool = False, spread: Any = None) -> str:
-    """A value in four significant digits at most (a SHARE in percent), with its SPREAD; "" for a missing one."""
+    """A value in three significant digits (whole ones in full, a SHARE in percent), with its SPREAD; "" for none."""
     if isinstance(value, str):
         return value
     if value is None or pd.isna(value):
@@ -102,9 +102,10 @@ def number(value: Any, share: bool = False, spread: Any = None) -> str:
         text = f"{100 * value:.1f}".removesuffix(".0")
     elif float(value).is_integer():
         text = f"{int(value):,}"
+    elif abs(value) < 1e-4:
+        text = f"{value:.2g}"
     else:
-        digits = max(0, 3 - max(0, math.floor(math.log10(abs(value)))) - 1) if abs(value) >= 1 else 4
-        text = f"{value:.{max(digits, 1)}f}" if abs(value) >= 1e-4 else f"{value:.2g}"
+        text = f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
     unit = " %" if share else ""
     if spread is None or pd.isna(spread):
         return text + unit

@@ -87,8 +87,9 @@ class Item:
 class ImageDataset(Dataset):
     """Labelled, captioned images at one resolution with the paper's transforms (section 5.1 and the release).
 
-    Item i: dict of image float (3, r, r) in [-1, 1], label int, caption str, index int; None where the file is unreadable.
-    Training crops at random from a picture whose shorter side is 1.125 r, evaluation takes the centre at r (both Lanczos).
+    Item i: dict of image float (3, r, r) in [-1, 1], label int, caption str, index int; None for an unreadable file.
+    Training crops at random from a picture whose shorter side is 1.125 r, evaluation takes the centre at r, both
+    resized by Lanczos.
     """
 
     def __init__(self, items: list[Item], classes: list[str], resolution: int, random_crop: bool, name: str = ""):
@@ -134,7 +135,7 @@ def load_dataset(
     """Load a data set by name.
 
     Args:
-        name: "emoji" (embedded, 9 classes, 64 x 64) or "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg).
+        name: "emoji" (embedded, 9 classes, 64 x 64) or "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...).
         split: "train" or "val".
         resolution: side of the square images, pixels.
         random_crop: the training transform; by default for the training split only.
@@ -188,7 +189,7 @@ def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
     if len(per_split) == 2 and per_split["train"] != per_split["val"]:
         odd = sorted(set(per_split["train"]) ^ set(per_split["val"]))
         raise DataError(
-            f"{root}: train has {len(per_split['train'])} classes and val {len(per_split['val'])}, expected the same ones; "
+            f"{root}: train has {len(per_split['train'])} classes and val {len(per_split['val'])}, expected the same; "
             f"only on one side: {', '.join(odd[:5])}"
         )
     items = [
@@ -211,8 +212,8 @@ def _image_files(folder: Path) -> list[str]:
 class EndlessOrder(Sampler):
     """Endless (index, crop seed) pairs: epoch after epoch of seeded permutations, starting anywhere.
 
-    Step s of a global batch of size n takes the positions s*n ... s*n+n-1 of the endless order; process `rank` of `world`
-    takes every world-th of them, so that the union over processes does not depend on their number.
+    Step s of a global batch of size n takes the positions s*n ... s*n+n-1 of the endless order; process `rank` of
+    `world` takes every world-th of them, so that the union over processes does not depend on their number.
     """
 
     def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):

@@ -59,10 +59,14 @@ def profile_path(profile: str) -> Path:
 
 def profile_section(profile: str, notebook: str) -> dict[str, Any]:
     """What PROFILE changes in the parameters of NOTEBOOK: {name: value}, empty where it has no section for it."""
-    contents = yaml.safe_load(profile_path(profile).read_text(encoding="utf-8")) or {}
+    path = profile_path(profile)
+    contents = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    unknown = [name for name in contents if not (project_folder() / "notebooks" / f"{name}.ipynb").exists()]
+    if unknown:
+        raise StageError(f"{path} has sections of no notebook: {', '.join(map(str, unknown))}.")
     section = contents.get(notebook) or {}
     if not isinstance(section, dict):
-        raise StageError(f"In profile {profile!r} the section {notebook!r} must map names to values, got {section!r}.")
+        raise StageError(f"{path}: the section {notebook!r} must map names to values, got {section!r}.")
     return section
 
 
@@ -140,6 +144,7 @@ def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None) ->
                 str(executed),
                 parameters,
                 kernel_name="python3",  # the kernel of this very environment
+                language="python",
                 progress_bar=False,
                 stdout_file=progress,
                 stderr_file=progress,

@@ -68,7 +68,7 @@ class LoopSettings:
 
 
 def has_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware; emulation is slower than float32 by an order of magnitude."""
+    """Whether this machine multiplies bfloat16 in hardware; emulated, it is ten times slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

@@ -65,13 +65,19 @@ def inline(text: str) -> str:
     return re.sub(r"^<p>(.*)</p>$", r"\1", markdown(text).strip(), flags=re.DOTALL)
 
 
-def table(frame: pd.DataFrame, caption: str = "", prose: Sequence[str] = (), classes: Sequence[str] = ()) -> str:
+def table(
+    frame: pd.DataFrame,
+    caption: str = "",
+    prose: Sequence[str] = (),
+    markup: Sequence[str] = (),
+    classes: Sequence[str] = (),
+) -> str:
     """A table in a box that scrolls inside itself.
 
     Args:
-        frame: cells are shown as they are: numbers are formatted before; missing ones become a dash; a cell that starts
-            with "<" is HTML already.
+        frame: cells are shown as they are, so numbers are formatted before; missing ones become a dash.
         prose: columns of sentences, which wrap.
+        markup: columns whose cells are HTML already.
         classes: one CSS class per row, "" for none.
     """
     kinds = {name: _kind(frame[name], name in prose) for name in frame.columns}
@@ -79,7 +85,7 @@ def table(frame: pd.DataFrame, caption: str = "", prose: Sequence[str] = (), cla
     rows = []
     for number, row in enumerate(frame.itertuples(index=False)):
         cells = "".join(
-            f'<td class="{kinds[name]}">{_cell(cell)}</td>' for name, cell in zip(frame.columns, row, strict=True)
+            f'<td class="{kinds[name]}">{_cell(cell, name in markup)}</td>' for name, cell in zip(frame.columns, row, strict=True)
         )
         rows.append(f'<tr class="{classes[number] if classes else ""}">{cells}</tr>'.replace(' class=""', ""))
     caption = f"<caption>{inline(caption)}</caption>" if caption else ""
@@ -97,11 +103,10 @@ def _kind(column: pd.Series, prose: bool) -> str:
     return "" if len(numbers) and numbers.all() else "text"
 
 
-def _cell(cell: object) -> str:
+def _cell(cell: object, markup: bool) -> str:
     if pd.isna(cell) or cell == "":
         return "–"  # noqa: RUF001 an en dash for a number that is not there
-    text = str(cell)
-    return text if text.startswith("<") else html.escape(text)
+    return str(cell) if markup else html.escape(str(cell))
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------

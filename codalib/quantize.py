@@ -270,7 +270,7 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
         return self.attn.keys(self.codebooks.weight), self.attn.to_v(self.codebooks.weight)
 
     def _choose(self, features: Tensor, keys: Tensor, backend: str) -> Tensor:
-        return argmax_assign(self.attn.queries(features) * self.attention_dim**-0.5, keys, backend)
+        return argmax_assign(self.attn.queries(features), keys, self.attention_dim**-0.5, backend)
 
     def _assign(self, features: Tensor, keys: Tensor, values: Tensor, backend: str) -> Level:
         queries = self.attn.queries(features)

@@ -49,6 +49,14 @@ class Stage:
         return self.manifest["notebook"]
 
     @property
+    def title(self) -> str:
+        """The executed notebook's first heading; its name where it was not run through papermill."""
+        notebook = self.folder.parent / f"{self.name}.ipynb"
+        cells = read_json(notebook)["cells"] if notebook.exists() else []
+        text = "".join(cells[0]["source"]) if cells else ""
+        return text.splitlines()[0].removeprefix("# ") if text.startswith("# ") else self.name
+
+    @property
     def finished(self) -> bool:
         return self.manifest["state"] == "finished"
 
@@ -148,7 +156,7 @@ def _results(stages: Sequence[Stage], folder: Path) -> str:
         tables, figures = stage.results("tables"), stage.results("figures")
         if not tables and not figures:
             continue
-        parts.append(f"<h2>{html.escape(stage.manifest.get('title') or stage.name)}</h2>")
+        parts.append(f"<h2>{html.escape(stage.title)}</h2>")
         parts.append(f'<p class="quiet">Notebook {_link(stage, folder)}.</p>')
         parts += [_table(stage, result, folder) for result in tables]
         parts += [_figure(stage, result, folder) for result in figures]
@@ -205,7 +213,7 @@ def _provenance(stages: Sequence[Stage], folder: Path) -> str:
     if not frame["Peak GPU memory"].any():
         frame = frame.drop(columns="Peak GPU memory")
     total = clock(sum(stage.manifest.get("seconds") or 0 for stage in stages))
-    parts = ["<h2>How these numbers came about</h2>", pages.table(frame), f"<p>All stages together: {total}.</p>"]
+    parts = ["<h2>How these numbers came about</h2>", pages.table(frame, markup=["Stage"]), f"<p>All stages together: {total}.</p>"]
     for title, key in (("Machine", "machine"), ("Versions", "versions")):
         values = {tuple(sorted((stage.manifest.get(key) or {}).items(), key=str)) for stage in stages}
         texts = [", ".join(f"{k.removesuffix('_bytes')} {_plain(k, v)}" for k, v in value if v) for value in values]

@@ -1,5 +1,7 @@
 """The training stages: pretrain a continuous VAE, adapt one into a discrete tokenizer."""
 
+import copy
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +10,23 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from codalib.data import ImageDataset, evaluation_batches, training_batches
+from codalib.discriminator import build_discriminator, frozen, real_and_fake
 from codalib.loop import Loop, LoopSettings, make_accelerator
-from codalib.losses import LossWeights, kl_divergence, reconstruction_terms, weighted_sum
-from codalib.metrics import psnr
-from codalib.vae import ContinuousVAE
+from codalib.losses import (
+    LossWeights,
+    adaptive_weight,
+    build_perceptual,
+    discriminator_hinge,
+    generator_hinge,
+    kl_divergence,
+    ramp,
+    reconstruction_terms,
+    weighted_sum,
+)
+from codalib.metrics import ReconstructionMetrics, psnr
+from codalib.quantize import ResidualQuantizer, quantizer_from_config
+from codalib.tokenizer import CodaTokenizer
+from codalib.vae import ADAPTED_LAYERS, ContinuousVAE, add_adapters, last_decoder_adapter
 
 INITIAL_LOGVAR = -6.0  # of the posterior: sampling noise far below the latents' spread, so that early steps learn
 
@@ -127,3 +142,276 @@ def latent_std(vae: ContinuousVAE, dataset: ImageDataset, batch_size: int, batch
         .std()
         .item()
     )
+
+
+@dataclass(frozen=True)
+class QuantizerSettings(LoopSettings):
+    """Settings of `fit_quantizer`; the defaults are the release's for MAR with 65,536 codes."""
+
+    kind: str = "attention"  # "attention" (CODA) or "nearest" (the VQ baseline)
+    codebook_size: int = 65536  # K
+    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each level; the last is the latent grid's
+    attention_dim: int = 32  # D
+    norm: str | None = "rms"  # "rms", "layer" or None
+    beta: float = 0.05  # of the commitment term, Eq. 10
+    entropy_temperature: float = 0.01
+    backend: str = "auto"  # of the assignment
+    quantization_weight: float = 1.0
+    entropy_weight: float = 0.05
+
+    def build_quantizer(self, latent_channels: int) -> ResidualQuantizer:
+        """A fresh quantizer of these settings."""
+        names = ["kind", "codebook_size", "scales", "beta"]
+        if self.kind == "attention":
+            names += ["attention_dim", "norm", "entropy_temperature"]
+        config = {name: getattr(self, name) for name in names}
+        return quantizer_from_config(config | {"latent_channels": latent_channels}, self.backend)
+
+
+@dataclass(frozen=True)
+class TokenizerSettings(QuantizerSettings):
+    """Settings of `train_tokenizer`; the defaults are the release's for MAR (paper section 5.1, Eq. 9)."""
+
+    adapters: str = "both"  # which part of the VAE is adapted: "both", "encoder", "decoder", "none"
+    rank: int = 32  # of the adapters
+    adapted_layers: tuple[str, ...] = ADAPTED_LAYERS  # a convolution is adapted when its name contains one of these
+    l1_weight: float = 0.2
+    l2_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 1.0  # times the adaptive weight and the ramp
+    perceptual_network: str | None = "auto"  # "perceptual_vgg" (LPIPS), "perceptual_effnet" or what is here
+    discriminator_network: str | None = "auto"  # "dino", "effnet" or what is here
+    discriminator_weight_decay: float = 0.0005
+
+    @property
+    def weights(self) -> LossWeights:
+        return LossWeights(
+            l1=self.l1_weight,
+            l2=self.l2_weight,
+            perceptual=self.perceptual_weight,
+            quantization=self.quantization_weight,
+            entropy=self.entropy_weight,
+            adversarial=self.adversarial_weight,
+        )
+
+
+@torch.no_grad()
+def encode_images(
+    vae: ContinuousVAE, dataset: ImageDataset, images: int, batch_size: int = 64, seed: int = 0
+) -> Tensor:
+    """Sampled, normalised latents (N, C, H, W) of `images` images (rounded up to batches), in seeded order, on the CPU.
+
+    Beyond one pass over the data set the images come again, with other crops.
+    """
+    device = next(vae.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    stream = training_batches(dataset, batch_size, seed)
+    count = -(-images // batch_size)
+    return torch.cat([vae.encode(next(stream)["image"].to(device), generator=generator).cpu() for _ in range(count)])
+
+
+def fit_quantizer(
+    settings: QuantizerSettings, latents: Tensor, folder: str | Path, val_latents: Tensor | None = None
+) -> ResidualQuantizer:
+    """Train a quantizer on latents (N, C, H, W) alone, with the quantization and entropy terms of Eq. 9-11.
+
+    The image terms of Eq. 9 are left out, which makes a step two orders of magnitude cheaper: the way to compare
+    quantizers on a frozen VAE and to give `train_tokenizer` a start. Resumes what `folder` holds; returns the averaged
+    weights where `settings.ema` asks for them.
+    """
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator("float32")  # the quantizer computes in float32 anyway
+    quantizer = settings.build_quantizer(latents.shape[1]).to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        quantizer.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+    )
+    loop = Loop(settings, folder, accelerator, quantizer, {"quantizer": optimizer}, latents=_checksum(latents))
+    weights = LossWeights(quantization=settings.quantization_weight, entropy=settings.entropy_weight)
+
+    def batches(first: int):
+        while True:
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
+            yield latents[torch.randint(len(latents), (settings.batch_size,), generator=generator)]
+            first += 1
+
+    def train_step(micro_batches: list[Tensor], step: int) -> dict[str, Tensor]:
+        for i, batch in enumerate(micro_batches):
+            output = quantizer(batch.to(accelerator.device))
+            terms = {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
+            loss = weighted_sum(terms, weights)
+            loop.update(loss, terms, "quantizer", list(quantizer.parameters()), last=i == len(micro_batches) - 1)
+        return terms | {"loss": loss}
+
+    loop.run(
+        batches,
+        train_step,
+        None if val_latents is None else lambda: latent_scores(quantizer, val_latents),
+        settings.kind,
+    )
+    loop.load_averaged()
+    return quantizer.eval()
+
+
+@torch.no_grad()
+def latent_scores(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int = 64) -> dict[str, float]:
+    """`quantization_error` (mean squared) and `utilization` of a quantizer on latents (N, C, H, W)."""
+    device = next(quantizer.parameters()).device
+    error, used = 0.0, torch.zeros(quantizer.codebook_size, dtype=torch.bool)
+    for batch in latents.split(batch_size):
+        indices = quantizer.encode(batch.to(device))
+        error += (quantizer.decode(indices).cpu() - batch).square().sum().item()
+        used[torch.cat([level.flatten() for level in indices]).cpu()] = True
+    return {"quantization_error": error / latents.numel(), "utilization": used.double().mean().item()}
+
+
+def train_tokenizer(
+    settings: TokenizerSettings,
+    vae: ContinuousVAE,
+    train: ImageDataset,
+    val: ImageDataset,
+    folder: str | Path,
+    quantizer: ResidualQuantizer | None = None,
+) -> CodaTokenizer:
+    """Adapt a continuous VAE into a discrete tokenizer with the losses of Eq. 9-11, resuming what `folder` holds.
+
+    Args:
+        vae: frozen and without adapters; it is copied.
+        quantizer: a start for the quantizer, of the settings' kind and size (from `fit_quantizer`); None starts from
+            scratch, as the paper does.
+    Returns:
+        The tokenizer with averaged weights, frozen.
+    Raises:
+        NonFiniteLoss: a term is not finite.
+    """
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator(settings.precision)
+    fresh = settings.build_quantizer(vae.latent_channels)
+    if quantizer is not None:
+        if quantizer.config() != fresh.config():
+            raise ValueError(f"the given quantizer is {quantizer.config()}, the settings ask for {fresh.config()}")
+        fresh.load_state_dict(quantizer.state_dict())
+    adapted = add_adapters(copy.deepcopy(vae), settings.adapters, settings.rank, settings.adapted_layers)
+    tokenizer = CodaTokenizer(adapted, fresh).to(accelerator.device)
+    trained = [p for p in tokenizer.parameters() if p.requires_grad]
+    weights = settings.weights
+    perceptual = build_perceptual(settings.perceptual_network, weights.perceptual)
+    discriminator = build_discriminator(settings.discriminator_network, weights.adversarial)
+    optimizers = {
+        "generator": torch.optim.AdamW(
+            trained, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+        )
+    }
+    if perceptual is not None:
+        perceptual.to(accelerator.device)
+    if discriminator is not None:
+        discriminator.to(accelerator.device)
+        optimizers["discriminator"] = torch.optim.AdamW(
+            discriminator.heads.parameters(),
+            settings.learning_rate,
+            settings.betas,
+            weight_decay=settings.discriminator_weight_decay,
+        )
+    parallel = accelerator.prepare(tokenizer)
+    critic = None if discriminator is None else accelerator.prepare(discriminator)
+    loop = Loop(
+        settings,
+        folder,
+        accelerator,
+        tokenizer,
+        optimizers,
+        {} if discriminator is None else {"discriminator": discriminator},
+        data=train.name,
+        images=len(train),
+        vae=_checksum(*vae.state_dict().values()),
+        start=None if quantizer is None else _checksum(*quantizer.state_dict().values()),
+        networks=[None if network is None else network.name for network in (perceptual, discriminator)],
+    )
+
+    def batches(first: int):
+        return training_batches(
+            train,
+            settings.batch_size,
+            settings.seed,
+            first,
+            accelerator.process_index,
+            accelerator.num_processes,
+            settings.workers,
+        )
+
+    def generator_step(images: Tensor, step: int, last: bool) -> tuple[dict[str, Tensor], Tensor]:
+        with accelerator.autocast():
+            output = parallel(images)
+        terms = reconstruction_terms(images, output.reconstruction, perceptual)
+        factors = {}
+        if discriminator is not None:
+            with frozen(critic) as judge, accelerator.autocast():
+                adversarial = generator_hinge(judge(output.reconstruction))
+            # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
+            anchor = last_decoder_adapter(adapted)
+            adaptive = adaptive_weight(
+                weighted_sum(terms, weights), adversarial, output.quantized if anchor is None else anchor
+            )
+            terms["adversarial"] = adversarial
+            factors["adversarial"] = adaptive * ramp(step, settings.steps)
+        terms |= {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
+        loss = weighted_sum(terms, weights, factors)
+        loop.update(loss, terms, "generator", trained, last)
+        return terms | {"loss": loss} | {
+            f"{name}_factor": value for name, value in factors.items()
+        }, output.reconstruction
+
+    def discriminator_step(images: Tensor, reconstruction: Tensor, last: bool) -> dict[str, Tensor]:
+        with accelerator.autocast():
+            real, fake = real_and_fake(critic, images, reconstruction)
+        terms = {"discriminator": discriminator_hinge(real, fake)}
+        loop.update(terms["discriminator"], terms, "discriminator", list(discriminator.heads.parameters()), last)
+        return terms
+
+    def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
+        for i, batch in enumerate(micro_batches):
+            images, last = batch["image"].to(accelerator.device), i == len(micro_batches) - 1
+            terms, reconstruction = generator_step(images, step, last)
+            if discriminator is not None:
+                terms |= discriminator_step(images, reconstruction, last)
+        return {name: torch.as_tensor(value) for name, value in terms.items()}
+
+    def evaluate() -> dict[str, float]:
+        measures = ReconstructionMetrics(settings.codebook_size, len(settings.scales), frechet=None)
+        values = evaluate_reconstruction(tokenizer, val, measures, settings.batch_size, settings.seed)
+        return {f"val_{name}": values[name] for name in ("psnr", "quantization_error", "utilization")}
+
+    loop.run(batches, train_step, evaluate, "tokenizer")
+    loop.load_averaged()
+    return tokenizer.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    model: CodaTokenizer | ContinuousVAE,
+    dataset: ImageDataset,
+    measures: ReconstructionMetrics,
+    batch_size: int = 64,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, float]:
+    """Measure a tokenizer's or a continuous VAE's reconstructions of every image of a data set, once.
+
+    The posterior is sampled with a generator of `seed`, as the release does without one. Returns `measures.compute()`.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for batch in evaluation_batches(dataset, batch_size, rank, world):
+        images = batch["image"].to(device)
+        if isinstance(model, ContinuousVAE):
+            measures.update(images, model(images, generator=generator))
+        else:
+            out = model(images, generator=generator)
+            measures.update(images, out.reconstruction, out.latents, out.quantized, out.indices)
+    return measures.compute()
+
+
+def _checksum(*tensors: Tensor) -> str:
+    """Changes when the tensors do: their shapes and two sums, enough to tell runs apart."""
+    parts = [(tuple(t.shape), t.double().sum().item(), t.double().abs().sum().item()) for t in tensors]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

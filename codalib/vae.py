@@ -116,7 +116,7 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
         autoencoder = AutoencoderKL.from_pretrained(
             folder if is_local else str(source), subfolder=None if is_local else subfolder
         )
-    except (OSError, EnvironmentError, ValueError) as error:  # fmt: skip
+    except (OSError, ValueError) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"no VAE could be loaded from {source!s} ({reason}): give 'emoji', a diffusers folder or a Hub name"
@@ -130,7 +130,7 @@ def add_adapters(
     """Add LoRA adapters to the VAE's convolutions, in place; only they are trainable afterwards.
 
     An adapted convolution computes base(x) + up(down(x)), down: rank x in x k x k, normal with std 1/rank, up: out x
-    rank x 1 x 1, zero at the start (paper section 5.1: rank 32 on the convolutions of encoder and decoder; the release).
+    rank x 1 x 1, zero at the start (paper section 5.1: rank 32, on the convolutions of encoder and decoder).
 
     Args:
         where: "both", "encoder", "decoder" or "none".

@@ -41,9 +41,10 @@ def assert_same(inputs, backend, temperature, rtol=1e-9, atol=1e-9):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of at most 7 tokens and 60 logits, so that small problems cross many borders."""
-    monkeypatch.setattr(assign, "TILE_TOKENS", 7)
-    monkeypatch.setattr(assign, "TILE_ELEMENTS", 60)
+    """Tiles of at least 3 tokens and about 60 logits, blocks of 8 codes: small problems cross many borders."""
+    monkeypatch.setattr(assign, "TILE_LEAST_TOKENS", 3)
+    monkeypatch.setattr(assign, "TILE_ELEMENTS", {"cpu": 60})
+    monkeypatch.setattr(assign, "ARGMAX_BLOCK", 8)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
