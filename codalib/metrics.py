@@ -18,6 +18,7 @@ SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 SSIM_C1 = (0.01 * 255) ** 2
 SSIM_C2 = (0.03 * 255) ** 2
+CPU_BATCH = 4  # images: at 224 pixels the feature maps of more leave the cache, and each takes about twice as long
 
 
 def _truncated_8bit(images: Tensor) -> Tensor:
@@ -176,7 +177,9 @@ class _PooledFeatures(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             if isinstance(self.extractor, InceptionFID):
                 return self.extractor.pooled(images.float())  # rounds to 8 bits itself
-            return self.extractor.pooled(to_8bit(images).float() / 127.5 - 1, self.resolution)
+            images = to_8bit(images).float() / 127.5 - 1
+            parts = images.split(CPU_BATCH if images.device.type == "cpu" else len(images))
+            return torch.cat([self.extractor.pooled(part, self.resolution) for part in parts])
 
 
 class FrechetDistance(FrechetInceptionDistance):
