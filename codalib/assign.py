@@ -137,7 +137,7 @@ def nearest_assign(features: Tensor, codes: Tensor, backend: str = "auto") -> Te
 
 @torch.no_grad()
 def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest logits of each row, falling, their indices (both (N, count)) and the row's log-sum-exp (N,)."""
+    """The `count` largest logits of each row, falling, with their indices (both (N, count)), and its log-sum-exp."""
     _check_rows(queries, keys)
     if not 1 <= count <= len(keys):
         raise ValueError(f"count {count} got, expected 1 to {len(keys)}, the number of codes")
@@ -293,12 +293,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 class _Parts(NamedTuple):
-    """The element-wise work on a tile: what torch.compile fuses. Every tile is (T, K), every other tensor (T,) or (K,)."""
+    """The element-wise work on a tile, what torch.compile fuses: tiles (T, K), others (T,), and (K,) for the slope."""
 
     sharp: (
-        Callable  # (logits, sharp, largest, sharpness) -> sum of sharp, sum of sharp * log sharp; logits <- log sharp
+        Callable  # (logits, sharp, largest, sharpness) -> sums of sharp and of sharp * log sharp; logits <- log sharp
     )
-    soft: Callable  # (logits, grad, soft, largest) -> sum of soft, sum of soft * grad
+    soft: Callable  # (logits, grad, soft, largest) -> sums of soft and of soft * grad
     combine: (
         Callable  # (log_sharp, grad, soft, sharp, soft_factor, soft_pull, sharp_factor, sharp_pull, slope); grad <-
     )
@@ -401,6 +401,6 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _check_rows(queries: Tensor, keys: Tensor) -> None:
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or 0 in (len(queries), len(keys)):
         raise ValueError(
-            f"rows of shape {tuple(queries.shape)} and codes of shape {tuple(keys.shape)} got, expected (N, D) and (K, D) "
-            "with N and K at least 1"
+            f"rows of shape {tuple(queries.shape)} and codes of shape {tuple(keys.shape)} got, expected (N, D) "
+            "and (K, D) with N and K at least 1"
         )

@@ -85,7 +85,8 @@ def table(
     rows = []
     for number, row in enumerate(frame.itertuples(index=False)):
         cells = "".join(
-            f'<td class="{kinds[name]}">{_cell(cell, name in markup)}</td>' for name, cell in zip(frame.columns, row, strict=True)
+            f'<td class="{kinds[name]}">{_cell(cell, name in markup)}</td>'
+            for name, cell in zip(frame.columns, row, strict=True)
         )
         rows.append(f'<tr class="{classes[number] if classes else ""}">{cells}</tr>'.replace(' class=""', ""))
     caption = f"<caption>{inline(caption)}</caption>" if caption else ""

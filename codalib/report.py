@@ -213,7 +213,11 @@ def _provenance(stages: Sequence[Stage], folder: Path) -> str:
     if not frame["Peak GPU memory"].any():
         frame = frame.drop(columns="Peak GPU memory")
     total = clock(sum(stage.manifest.get("seconds") or 0 for stage in stages))
-    parts = ["<h2>How these numbers came about</h2>", pages.table(frame, markup=["Stage"]), f"<p>All stages together: {total}.</p>"]
+    parts = [
+        "<h2>How these numbers came about</h2>",
+        pages.table(frame, markup=["Stage"]),
+        f"<p>All stages together: {total}.</p>",
+    ]
     for title, key in (("Machine", "machine"), ("Versions", "versions")):
         values = {tuple(sorted((stage.manifest.get(key) or {}).items(), key=str)) for stage in stages}
         texts = [", ".join(f"{k.removesuffix('_bytes')} {_plain(k, v)}" for k, v in value if v) for value in values]

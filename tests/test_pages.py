@@ -89,8 +89,8 @@ def test_formulas_become_mathml():
 
 
 def test_a_formula_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match=r"\\\\frac"):
-        pages.markdown("$\\frac{1}$")
+    with pytest.raises(ValueError, match="x_"):
+        pages.markdown("$x_$")
 
 
 def test_tables_escape_text_and_mark_gaps():

@@ -1,0 +1,113 @@
+import itertools
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from codalib.data import EMOJI_FOLDER, DataError, evaluation_batches, load_dataset, to_rgb, training_batches
+
+
+def folder_of_images(root, count=3, classes=("cat", "dog"), size=(40, 30)):
+    for split, name in itertools.product(("train", "val"), classes):
+        (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return f"imagefolder:{root}"
+
+
+def test_no_concept_and_no_picture_is_on_both_sides_of_the_emoji_split():
+    sides = [
+        pq.read_table(EMOJI_FOLDER / f"{split}.parquet", columns=["concept", "image"]).to_pydict()
+        for split in ("train", "val")
+    ]
+    for column in ("concept", "image"):
+        assert not set(sides[0][column]) & set(sides[1][column])
+
+
+def test_emoji_items_are_squares_in_range_with_class_and_caption():
+    dataset = load_dataset("emoji", "val", 64, limit=9)
+    assert len(dataset) == 9
+    assert len(dataset.classes) == 9
+    for i in range(9):
+        item = dataset[i]
+        assert item["image"].shape == (3, 64, 64)
+        assert -1 <= item["image"].min() <= item["image"].max() <= 1
+        assert item["caption"]
+        assert item["label"] == dataset.labels[i]
+
+
+def test_training_order_starts_anywhere_and_does_not_depend_on_the_processes():
+    dataset = load_dataset("emoji", "train", 32, limit=10)
+
+    def take(stream, n):
+        return [next(stream) for _ in range(n)]
+
+    whole = take(training_batches(dataset, 4, seed=3), 6)  # past the first epoch
+    later = take(training_batches(dataset, 4, seed=3, start_step=2), 4)
+    for a, b in zip(whole[2:], later, strict=True):
+        assert torch.equal(a["image"], b["image"])
+    halves = [take(training_batches(dataset, 2, seed=3, rank=r, world=2), 6) for r in (0, 1)]
+    for a, *parts in zip(whole, *halves, strict=True):
+        assert sorted(a["index"].tolist()) == sorted(torch.cat([p["index"] for p in parts]).tolist())
+    assert sorted(torch.cat([b["index"] for b in whole])[:10].tolist()) == list(range(10))
+    other = take(training_batches(dataset, 4, seed=4), 1)[0]
+    assert other["index"].tolist() != whole[0]["index"].tolist()
+
+
+def test_every_image_is_evaluated_once_by_all_processes_together(tmp_path):
+    dataset = load_dataset(folder_of_images(tmp_path), "val", 16)
+    seen = [b["index"] for rank in range(4) for b in evaluation_batches(dataset, 2, rank, 4)]
+    assert sorted(torch.cat(seen).tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "RGBA", "I;16", "1"])
+def test_pictures_of_every_mode_become_rgb(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.full((5, 4), 65535, dtype=np.uint16))
+    else:
+        image = Image.new("RGB", (4, 5), "white").convert(mode)
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert rgb.size == (4, 5)
+    assert np.asarray(rgb).min() >= 250
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (4, 6))
+    image.getexif()[0x0112] = 6  # turned by a quarter
+    assert to_rgb(image).size == (6, 4)
+
+
+def test_unreadable_images_are_skipped_or_stop_the_run(tmp_path, caplog):
+    name = folder_of_images(tmp_path, count=101, size=(8, 8))
+    (tmp_path / "val" / "cat" / "0.png").write_bytes(b"no picture")
+    dataset = load_dataset(name, "val", 8)
+    assert sum(len(b["index"]) for b in evaluation_batches(dataset, 64)) == 201
+    assert "0.png" in caplog.text
+    assert "1 unreadable" in caplog.text
+    for i in range(5):
+        (tmp_path / "val" / "dog" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="unreadable"):
+        list(evaluation_batches(dataset, 64))
+
+
+def test_bad_sources_are_one_sentence(tmp_path):
+    name = folder_of_images(tmp_path / "images")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for source, split, message in [
+        ("mnist", "train", "expected 'emoji'"),
+        (f"imagefolder:{tmp_path / 'nowhere'}", "train", "not a folder"),
+        (f"imagefolder:{tmp_path / 'empty'}", "val", "no folder 'val'"),
+        (f"imagefolder:{tmp_path / 'empty'}", "train", "holds no images"),
+        (name, "test", "expected one of"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            load_dataset(source, split, 16)
+    with pytest.raises(DataError, match="2 classes, expected 1000"):
+        load_dataset(name, "train", 16, num_classes=1000)
+    (tmp_path / "images" / "val" / "cow").mkdir()
+    with pytest.raises(DataError, match="cow"):
+        load_dataset(name, "train", 16)

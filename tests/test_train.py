@@ -1,0 +1,154 @@
+import dataclasses
+
+import pytest
+import torch
+
+from codalib.data import load_dataset
+from codalib.loop import LoopSettings, learning_rate_factor, read_log
+from codalib.losses import NonFiniteLoss
+from codalib.metrics import ReconstructionMetrics
+from codalib.tokenizer import CodaTokenizer
+from codalib.train import (
+    PretrainSettings,
+    QuantizerSettings,
+    TokenizerSettings,
+    encode_images,
+    evaluate_reconstruction,
+    fit_quantizer,
+    pretrain_vae,
+    train_tokenizer,
+)
+from codalib.vae import load_vae
+
+SCALES = (1, 2, 4, 8)
+SMALL = TokenizerSettings(
+    steps=3, batch_size=2, codebook_size=32, scales=SCALES, rank=2, log_every=1, checkpoint_every=1, accumulation=2
+)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae("emoji")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_dataset("emoji", "train", 64, limit=8), load_dataset("emoji", "val", 64, limit=4)
+
+
+@pytest.fixture(scope="module")
+def trained(vae, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return train_tokenizer(SMALL, vae, *images, folder), folder
+
+
+def state(tokenizer):
+    return {name: value for name, value in tokenizer.state_dict().items()}
+
+
+def test_every_named_term_is_logged(trained):
+    rows = read_log(trained[1])
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {"l1", "l2", "perceptual_effnet", "quantization", "entropy", "adversarial", "discriminator"} <= rows[0].keys()
+    assert rows[0]["adversarial_factor"] == 0  # the ramp starts at 0
+    assert "val_psnr" in rows[-1]
+    assert "val_psnr" not in rows[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_path, monkeypatch):
+    from codalib.loop import Loop
+
+    update, calls = Loop.update, []
+
+    def interrupted(self, *arguments, **keywords):
+        calls.append(self.step)
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return update(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Loop, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(SMALL, vae, *images, tmp_path)
+    monkeypatch.undo()
+    resumed = state(train_tokenizer(SMALL, vae, *images, tmp_path))
+    assert all(torch.equal(value, resumed[name]) for name, value in state(trained[0]).items())
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3]
+    kept = sorted(path.name for path in tmp_path.glob("checkpoints/*/*"))
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_a_finished_run_is_not_trained_again(trained, vae, images, monkeypatch):
+    from codalib.loop import Loop
+
+    monkeypatch.setattr(Loop, "update", lambda *a, **k: pytest.fail("trained again"))
+    again = state(train_tokenizer(SMALL, vae, *images, trained[1]))
+    assert all(torch.equal(value, again[name]) for name, value in state(trained[0]).items())
+
+
+def test_a_tokenizer_survives_its_folder(trained, images, tmp_path):
+    tokenizer = trained[0]
+    tokenizer.save_pretrained(tmp_path / "t", base="emoji")
+    again = CodaTokenizer.from_pretrained(tmp_path / "t")
+    batch = images[1][0]["image"][None]
+    first = tokenizer(batch, generator=torch.Generator().manual_seed(0))
+    indices = again.encode(batch, generator=torch.Generator().manual_seed(0))
+    assert [level.shape for level in indices] == [(1, p, p) for p in SCALES]
+    assert all(torch.equal(a, b) for a, b in zip(indices, first.indices, strict=True))
+    assert torch.allclose(again.decode(indices), first.reconstruction, atol=1e-5)
+    assert not torch.allclose(again.decode(indices, levels=1), first.reconstruction, atol=1e-3)
+    with pytest.raises(ValueError, match="expected \\(B, 3, 64, 64\\)"):
+        again.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        CodaTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_frozen_vae_and_weights_of_zero_load_no_network(vae, images, tmp_path):
+    settings = dataclasses.replace(
+        SMALL, steps=1, adapters="none", perceptual_weight=0.0, adversarial_weight=0.0, kind="nearest", ema=0.0
+    )
+    tokenizer = train_tokenizer(settings, vae, *images, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(tokenizer.vae.parameters(), vae.parameters(), strict=True))
+    assert not {"perceptual_effnet", "adversarial", "discriminator"} & read_log(tmp_path)[0].keys()
+
+
+def test_fitting_a_quantizer_lowers_its_error(vae, images, tmp_path):
+    latents = encode_images(vae, images[0], 8, batch_size=4)
+    assert latents.shape == (8, 16, 8, 8)
+    settings = QuantizerSettings(
+        steps=60, batch_size=8, learning_rate=0.02, codebook_size=32, scales=SCALES, log_every=20, ema=0.0
+    )
+    fit_quantizer(settings, latents, tmp_path, latents)
+    rows = read_log(tmp_path)
+    assert rows[-1]["quantization"] < 0.7 * rows[0]["quantization"]
+    assert 0 < rows[-1]["utilization"] <= 1
+
+
+def test_evaluation_gives_every_measure(trained, images):
+    measures = ReconstructionMetrics(32, len(SCALES), frechet=None)
+    values = evaluate_reconstruction(trained[0], images[1], measures)
+    assert values == evaluate_reconstruction(
+        trained[0], images[1], ReconstructionMetrics(32, len(SCALES), frechet=None)
+    )
+    assert {"psnr", "ssim", "quantization_error", "utilization", "utilization_level_4"} <= values.keys()
+
+
+def test_a_term_that_is_not_finite_stops_the_run(vae, images, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="step"):
+        train_tokenizer(dataclasses.replace(SMALL, learning_rate=1e30, clip=1e30), vae, *images, tmp_path)
+
+
+def test_pretraining_sets_the_latent_scale(images, tmp_path):
+    settings = PretrainSettings(steps=2, batch_size=2, widths=(8, 8, 8, 8), evaluate_every=1)
+    vae = pretrain_vae(settings, *images, tmp_path)
+    assert vae.encode(images[1][0]["image"][None]).shape == (1, 16, 8, 8)
+    assert vae.scale != 1
+    assert "val_psnr" in read_log(tmp_path)[0]
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    settings = LoopSettings(steps=10, batch_size=1, warmup_steps=2)
+    rates = [learning_rate_factor(step, settings) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    with pytest.raises(ValueError, match="steps is 0"):
+        LoopSettings(steps=0, batch_size=1)
