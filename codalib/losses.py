@@ -193,7 +193,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, param
     Args:
         reconstruction_loss: the weighted l1, l2 and perceptual terms, a scalar.
         adversarial_loss: the adversarial term, a scalar.
-        parameter: the parameter, on which both losses depend.
+        parameter: the parameter, on which both losses depend; where the decoder has no trained one, its input.
 
     Returns:
         A detached scalar. Both losses' graphs are kept.
@@ -206,17 +206,19 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, param
                 f"the {name} loss does not depend on the parameter of shape {tuple(parameter.shape)} given for the "
                 "adaptive weight: give one of the decoder's last trained layer"
             )
-        norms.append(_mean_over_processes(gradient.float()).norm())
+        norms.append(_norm_over_processes(gradient.float(), shared=parameter.is_leaf))
     ratio = norms[0] / (norms[1] + ADAPTIVE_WEIGHT_EPS)
     return ratio.clamp(0, ADAPTIVE_WEIGHT_MAXIMUM).detach()
 
 
-def _mean_over_processes(tensor: Tensor) -> Tensor:
+def _norm_over_processes(gradient: Tensor, shared: bool) -> Tensor:
+    """The norm of a shared parameter's mean gradient, or that of an activation's gradients side by side."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    tensor = tensor.clone()
-    torch.distributed.all_reduce(tensor)
-    return tensor / torch.distributed.get_world_size()
+        return gradient.norm()
+    summed = gradient.clone() if shared else gradient.square().sum()
+    torch.distributed.all_reduce(summed)
+    processes = torch.distributed.get_world_size()  # each process's loss is the mean over its own images
+    return (summed / processes).norm() if shared else summed.sqrt() / processes
 
 
 def ramp(step: int, total_steps: int) -> float:

@@ -101,7 +101,7 @@ def test_efficientnet_maps_are_timms(effnet, images):
     maps = effnet.feature_maps(images)
     assert [m.shape[1] for m in maps] == list(effnet.channels)
     for ours, theirs in zip(maps, reference(images), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # another memory layout: float32 rounding
     assert effnet.pooled(images, resolution=32).shape == (2, effnet.num_features)
 
 

@@ -164,10 +164,13 @@ def batch() -> torch.Tensor:
     return torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
 
 
-def adaptive_weight_on(inputs: torch.Tensor) -> float:
+def adaptive_weight_on(inputs: torch.Tensor) -> tuple[float, float]:
+    """At a shared parameter, and at an activation that each process has its own rows of."""
     parameter = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
-    outputs = inputs @ parameter
-    return losses.adaptive_weight(outputs.square().mean(), outputs.sin().mean(), parameter).item()
+    activation = inputs * parameter
+    outputs = activation.sum(dim=1)
+    two = (outputs.square().mean(), outputs.sin().mean())
+    return tuple(losses.adaptive_weight(*two, anchor).item() for anchor in (parameter, activation))
 
 
 def test_two_processes_share_the_adaptive_weight_of_the_whole_batch():
