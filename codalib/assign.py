@@ -137,7 +137,7 @@ def nearest_assign(features: Tensor, codes: Tensor, backend: str = "auto") -> Te
 
 @torch.no_grad()
 def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest logits of each row, falling, with their indices (both (N, count)), and its log-sum-exp."""
+    """The `count` largest logits of each row, falling, their indices (both (N, count)), and its log-sum-exp."""
     _check_rows(queries, keys)
     if not 1 <= count <= len(keys):
         raise ValueError(f"count {count} got, expected 1 to {len(keys)}, the number of codes")
@@ -293,7 +293,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 class _Parts(NamedTuple):
-    """The element-wise work on a tile, what torch.compile fuses: tiles (T, K), others (T,), and (K,) for the slope."""
+    """The element-wise work on a tile, what torch.compile fuses: tiles (T, K), others (T,), (K,) for the slope."""
 
     sharp: (
         Callable  # (logits, sharp, largest, sharpness) -> sums of sharp and of sharp * log sharp; logits <- log sharp

@@ -153,12 +153,14 @@ class Loop:
         stream = batches(self.step * self.settings.accumulation)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=description, disable=not main, mininterval=2.0)
         while self.step < self.settings.steps:
+            micro_batches = [next(stream) for _ in range(self.settings.accumulation)]
+            # After the batches: a loader that starts takes a number from the global generator, in a resumed run too.
             torch.manual_seed(self.settings.seed + self.step + SEED_STRIDE * self.accelerator.process_index)
             rate = learning_rate_factor(self.step, self.settings)
             for name, optimizer in self.optimizers.items():
                 for group, base in zip(optimizer.param_groups, self.base_rates[name], strict=True):
                     group["lr"] = base * rate
-            terms = train_step([next(stream) for _ in range(self.settings.accumulation)], self.step)
+            terms = train_step(micro_batches, self.step)
             if self.ema:
                 self.ema.step(self.trainable.values())
             self.step += 1

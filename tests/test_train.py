@@ -49,7 +49,9 @@ def state(tokenizer):
 def test_every_named_term_is_logged(trained):
     rows = read_log(trained[1])
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert {"l1", "l2", "perceptual_effnet", "quantization", "entropy", "adversarial", "discriminator"} <= rows[0].keys()
+    assert {"l1", "l2", "perceptual_effnet", "quantization", "entropy", "adversarial", "discriminator"} <= rows[
+        0
+    ].keys()
     assert rows[0]["adversarial_factor"] == 0  # the ramp starts at 0
     assert "val_psnr" in rows[-1]
     assert "val_psnr" not in rows[0]

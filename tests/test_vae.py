@@ -52,7 +52,9 @@ def test_sampling_is_seeded_and_the_mean_is_not_random(vae, images):
     assert torch.equal(vae.encode(images, sample=False), vae.encode(images, sample=False))
 
 
-@pytest.mark.parametrize(("where", "parts"), [("both", {"encoder", "decoder"}), ("encoder", {"encoder"}), ("none", set())])
+@pytest.mark.parametrize(
+    ("where", "parts"), [("both", {"encoder", "decoder"}), ("encoder", {"encoder"}), ("none", set())]
+)
 def test_adapters_start_as_the_identity_and_only_they_are_trained(vae, images, where, parts):
     adapted = add_adapters(copy.deepcopy(vae), where, rank=4)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
