@@ -38,8 +38,10 @@ wildcard_constraints:
     stage="|".join(NEEDS),
 
 
-rule all:
+rule all:  # names every result, so that one that an interrupted run took away is made again
     input:
+        finished(NEEDS),
+        expand(REPORTS + "/{stage}.html", stage=NEEDS),
         f"{REPORTS}/index.html",
 
 

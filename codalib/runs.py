@@ -263,7 +263,7 @@ class Run:
         self.manifest = {
             "notebook": notebook,
             "state": "running",
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seed": seed,
             "parameters": dict(parameters),
             **source_version(),

@@ -40,14 +40,6 @@ def test_every_key_has_a_comment(path):
             assert re.search(r"  # \S", line), line
 
 
-@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
-def test_a_value_differs_from_the_notebooks_default(path):
-    for stage, values in sections(path).items():
-        declared = declared_parameters(nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4))
-        same = [name for name, value in values.items() if declared[name][1] == value]
-        assert same == [] or path.stem == "smoke"
-
-
 def test_smoke_changes_nothing():
     for stage, values in sections(ROOT / "profiles" / "smoke.yaml").items():
         declared = declared_parameters(nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4))
@@ -61,61 +53,65 @@ def snakemake(project, *arguments):
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     output = result.stdout + result.stderr
-    return {stage for stage in re.findall(r"codalib\.execute notebooks/(\w+)\.ipynb", output)}
+    return set(re.findall(r"codalib\.execute notebooks/(\w+)\.ipynb", output))
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """The Snakefile and the library with notebooks that do nothing, run once."""
+    """The Snakefile and the library with three stages that do nothing, run once."""
     root = tmp_path_factory.mktemp("project")
-    for name in ("codalib", "profiles"):
-        shutil.copytree(ROOT / name, root / name)
-    for name in ("Snakefile", "pyproject.toml"):
-        shutil.copy(ROOT / name, root)
-    (root / "notebooks").mkdir()
-    needs = re.search(r"NEEDS = (\{.*?\n\})", (root / "Snakefile").read_text(), re.DOTALL).group(1)
-    stages = [*json.loads(re.sub(r",(\s*[\]}])", r"\1", needs)), "report"]
-    for stage in stages:
+    shutil.copytree(ROOT / "codalib", root / "codalib")
+    for folder in ("notebooks", "profiles"):
+        (root / folder).mkdir()
+    needs = 'NEEDS = {"00_first": [], "01_second": ["00_first"], "fig_other": ["00_first"]}'
+    text, count = re.subn(r"NEEDS = \{.*?\n\}", needs, (ROOT / "Snakefile").read_text(), flags=re.DOTALL)
+    assert count == 1
+    (root / "Snakefile").write_text(text)
+    for stage in STAGES:
         record = f"from codalib.runs import Run\nRun(output, '{stage}', {{'steps': steps}}, seed=0).finish()"
         if stage == "report":
             record += "\nfrom codalib.report import build\nbuild('tiny')"
-        parameters = 'output: str = "x"\nsteps: int = 1'
-        cells = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), v4.new_code_cell(record)]
-        nbformat.write(v4.new_notebook(cells=cells), root / "notebooks" / f"{stage}.ipynb")
-    for path in (root / "profiles").iterdir():
-        path.unlink()
-    (root / "profiles" / "tiny.yaml").write_text("01_train_tokenizer:\n  steps: 2\n")
-    assert snakemake(root, "--config", "profile=tiny", "--printshellcmds") == set(stages)
+        parameters = v4.new_code_cell('output: str = "x"\nsteps: int = 1', metadata={"tags": ["parameters"]})
+        notebook = v4.new_notebook(cells=[parameters, v4.new_code_cell(record)])
+        nbformat.write(notebook, root / "notebooks" / f"{stage}.ipynb")
+    (root / "profiles" / "tiny.yaml").write_text("01_second:\n  steps: 2\n")
+    assert snakemake(root, *RUN) == set(STAGES)
     return root
 
 
-DRY = ("-n", "--printshellcmds", "--config", "profile=tiny")
+STAGES = ("00_first", "01_second", "fig_other", "report")
+RUN = ("--printshellcmds", "--config", "profile=tiny")
+DRY = ("-n", *RUN)
 
 
 def test_a_second_run_does_nothing(project):
     assert snakemake(project, *DRY) == set()
     assert (project / "reports/tiny/index.html").exists()
-    assert json.loads((project / "runs/tiny/01_train_tokenizer/manifest.json").read_text())["parameters"]["steps"] == 2
+    assert json.loads((project / "runs/tiny/01_second/manifest.json").read_text())["parameters"]["steps"] == 2
 
 
-def test_one_changed_value_runs_only_what_depends_on_it(project):
+@pytest.mark.parametrize(
+    ("section", "stages"),
+    [
+        ("01_second:\n  steps: 2\nfig_other:\n  steps: 5\n", {"fig_other", "report"}),
+        ("01_second:\n  steps: 3\n", {"01_second", "report"}),
+        ("01_second:\n  steps: 2\n00_first:\n  steps: 3\n", set(STAGES)),
+    ],
+)
+def test_one_changed_value_runs_only_what_depends_on_it(project, section, stages):
     profile = project / "profiles" / "tiny.yaml"
     before = profile.read_text()
-    profile.write_text("fig7_reconstructions:\n  steps: 5\n01_train_tokenizer:\n  steps: 2\n")
-    assert snakemake(project, *DRY) == {"fig7_reconstructions", "report"}
-    profile.write_text("01_train_tokenizer:\n  steps: 3\n")
-    changed = snakemake(project, *DRY)
-    assert {"01_train_tokenizer", "table1_ablation", "fig7_reconstructions", "report"} <= changed
-    assert "00_pretrain_vae" not in changed
+    profile.write_text(section)
+    assert snakemake(project, *DRY) == stages
     profile.write_text(before)
 
 
-def test_a_stage_that_did_not_finish_runs_again(project):
-    page = project / "reports/tiny/table1_ablation.html"
-    contents = page.read_text()
-    page.unlink()
-    assert {"table1_ablation", "report"} == snakemake(project, *DRY)
-    page.write_text(contents)
+@pytest.mark.parametrize("result", ["reports/tiny/fig_other.html", "runs/tiny/fig_other/manifest.json"])
+def test_a_stage_that_did_not_finish_runs_again(project, result):
+    contents = (project / result).read_text()
+    (project / result).unlink()
+    assert snakemake(project, *DRY) == {"fig_other", "report"}
+    (project / result).write_text(contents)
 
 
 def test_every_notebook_has_its_place_in_the_order():
