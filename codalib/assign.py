@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 BACKENDS = ("auto", "reference", "tiled", "compiled", "triton")
 ENTROPY_EPS = 1e-5  # added to the mean distribution inside its logarithm; the value of the release
 AUTO_COMPILE_LOGITS = 2**25  # MAR scales: 4 images at K = 16,384; a step of `tiled` then takes about 0.5 s
-TILE_ELEMENTS = {"cpu": 2**21}  # logits in one tile: 8 MiB in float32, a few of which fit a processor's last cache
+TILE_ELEMENTS = {"cpu": 2**20}  # logits in one tile: 4 MiB in float32, a few of which fit a processor's last cache
 TILE_ELEMENTS_ELSEWHERE = 2**25  # a GPU wants longer kernels: 128 MiB
 TILE_LEAST_TOKENS = 16  # tokens in one tile at least, however many the codes: matrix products of fewer rows are slow
 ARGMAX_BLOCK = 64  # codes
@@ -96,8 +96,8 @@ def softmax_assign(
         queries, keys, values = (_at_least_float32(x) for x in (queries, keys, values))
         if backend == "reference":
             return _reference_assign(queries * scale, keys, values, entropy_temperature)
-        parts = _compiled_parts(queries.device.type) if backend == "compiled" else _EAGER_PARTS
-        value, indices, entropy = _TiledAssign.apply(queries * scale, keys, values, entropy_temperature, parts)
+        math = _compiled_math(queries.device.type) if backend == "compiled" else _EAGER
+        value, indices, entropy = _TiledAssign.apply(queries * scale, keys, values, entropy_temperature, math)
         return Assignment(value, F.embedding(indices, values), indices, entropy)
 
 
@@ -199,22 +199,22 @@ class _TiledAssign(torch.autograd.Function):
     """`_reference_assign` in tiles; saved for backward are the inputs, two numbers a token and one a code."""
 
     @staticmethod
-    def forward(ctx, queries, keys, values, entropy_temperature, parts):
+    def forward(ctx, queries, keys, values, entropy_temperature, math):
         tokens, codes = len(queries), len(keys)
         sharpness = queries.new_tensor(1 / entropy_temperature)
         indices, largest = queries.new_empty(tokens, dtype=torch.long), queries.new_empty(tokens)
         mean, token_entropy = queries.new_zeros(codes), queries.new_zeros(())
-        for rows, logits, sharp in _tiles(queries, codes, buffers=2):
+        for rows, logits, scratch in _tiles(queries, codes, buffers=2):
             torch.mm(queries[rows], keys.T, out=logits)
             indices[rows] = _row_argmax(logits)
             largest[rows] = logits.gather(1, indices[rows, None])[:, 0]
-            sums, weighted_sums = parts.sharp(logits, sharp, largest[rows], sharpness)
-            mean += sums.reciprocal() @ sharp
-            token_entropy += (sums.log() - weighted_sums / sums).sum()
+            column_sums, entropies = math.forward(logits, scratch, largest[rows], sharpness)
+            mean += column_sums
+            token_entropy += entropies.sum()
         mean /= tokens
         entropy = token_entropy / tokens + (mean * (mean + ENTROPY_EPS).log()).sum()
         ctx.save_for_backward(queries, keys, values, indices, largest, mean)
-        ctx.sharpness, ctx.parts = sharpness, parts
+        ctx.sharpness, ctx.math = sharpness, math
         ctx.mark_non_differentiable(indices)
         return values[indices], indices, entropy
 
@@ -232,15 +232,10 @@ class _TiledAssign(torch.autograd.Function):
         slope = (mean + ENTROPY_EPS).log() + mean / (mean + ENTROPY_EPS)
         weight = grad_entropy * ctx.sharpness / len(queries)
         grad_queries, grad_keys = torch.empty_like(queries), queries.new_zeros(keys.T.shape)
-        for rows, logits, grad, soft, sharp in _tiles(queries, len(keys), buffers=4):
+        for rows, logits, grad, *scratch in _tiles(queries, len(keys), buffers=4):
             torch.mm(queries[rows], keys.T, out=logits)
             torch.mm(grad_value[rows], values.T, out=grad)
-            soft_sums, soft_pull = ctx.parts.soft(logits, grad, soft, largest[rows])
-            sums, weighted_sums = ctx.parts.sharp(logits, sharp, largest[rows], ctx.sharpness)
-            sharp_pull = sharp @ slope - weighted_sums
-            ctx.parts.combine(
-                logits, grad, soft, sharp, 1 / soft_sums, soft_pull / soft_sums, weight / sums, sharp_pull / sums, slope
-            )
+            ctx.math.backward(logits, grad, *scratch, largest[rows], ctx.sharpness, slope, weight)
             torch.mm(grad, keys, out=grad_queries[rows])
             grad_keys.addmm_(queries[rows].T, grad)  # (D, K): a faster product than (K, D)
         grad_values = torch.zeros_like(values).index_add_(0, indices, grad_value)
@@ -292,80 +287,106 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, grad_bias, None
 
 
-class _Parts(NamedTuple):
-    """The element-wise work on a tile, what torch.compile fuses: tiles (T, K), others (T,), (K,) for the slope."""
+class _TileMath(NamedTuple):
+    """The element-wise work on a tile. All tiles are (T, K) and may be overwritten; `largest` is each row's logit (T,)."""
 
-    sharp: (
-        Callable  # (logits, sharp, largest, sharpness) -> sums of sharp and of sharp * log sharp; logits <- log sharp
+    forward: (
+        Callable  # (logits, scratch, largest, sharpness) -> column sums of the sharp distribution (K,), entropies (T,)
     )
-    soft: Callable  # (logits, grad, soft, largest) -> sums of soft and of soft * grad
-    combine: (
-        Callable  # (log_sharp, grad, soft, sharp, soft_factor, soft_pull, sharp_factor, sharp_pull, slope); grad <-
-    )
+    backward: Callable  # (logits, grad, scratch, scratch, largest, sharpness, slope (K,), weight ()): G <- its formula
 
 
-def _sharp_in_place(logits, sharp, largest, sharpness):
-    logits.sub_(largest[:, None]).mul_(sharpness).clamp_(min=EXP_FLOOR)
-    torch.exp(logits, out=sharp)
-    return sharp.sum(dim=1), torch.linalg.vecdot(sharp, logits)
+def _eager_forward(logits, scratch, largest, sharpness):
+    log_sharp = logits.sub_(largest[:, None]).mul_(sharpness).clamp_(min=EXP_FLOOR)
+    sharp = torch.exp(log_sharp, out=scratch)
+    sums = sharp.sum(dim=1)
+    column_sums = sums.reciprocal() @ sharp
+    return column_sums, sums.log() - sharp.mul_(log_sharp).sum(dim=1) / sums
 
 
-def _soft_in_place(logits, grad, soft, largest):
-    torch.sub(logits, largest[:, None], out=soft).clamp_(min=EXP_FLOOR).exp_()
-    return soft.sum(dim=1), torch.linalg.vecdot(soft, grad)
+def _eager_backward(logits, grad, scratch, _, largest, sharpness, slope, weight):
+    logits.sub_(largest[:, None])
+    soft = torch.clamp(logits, min=EXP_FLOOR, out=scratch).exp_()
+    soft.mul_(soft.sum(dim=1, keepdim=True).reciprocal_())
+    grad.mul_(soft).addcmul_(soft, grad.sum(dim=1, keepdim=True), value=-1)
+    log_sharp = logits.mul_(sharpness).clamp_(min=EXP_FLOOR)
+    sharp = torch.exp(log_sharp, out=scratch)
+    sharp.mul_(sharp.sum(dim=1, keepdim=True).reciprocal_())
+    pull = torch.sub(slope, log_sharp, out=logits).mul_(sharp)
+    pull.addcmul_(sharp, pull.sum(dim=1, keepdim=True), value=-1)
+    grad.addcmul_(pull, weight)
 
 
-def _combine_in_place(log_sharp, grad, soft, sharp, soft_factor, soft_pull, sharp_factor, sharp_pull, slope):
-    grad.sub_(soft_pull[:, None]).mul_(soft.mul_(soft_factor[:, None]))
-    pull = torch.sub(slope, log_sharp, out=log_sharp).sub_(sharp_pull[:, None])
-    grad.addcmul_(sharp.mul_(sharp_factor[:, None]), pull)
-
-
-def _sharp_formula(logits, sharp, largest, sharpness):
+def _sharp_part(logits, sharp, largest, sharpness):
     log_sharp = ((logits - largest[:, None]) * sharpness).clamp(min=EXP_FLOOR)
     exponentials = log_sharp.exp()
-    logits.copy_(log_sharp)
     sharp.copy_(exponentials)
     return exponentials.sum(dim=1), (exponentials * log_sharp).sum(dim=1)
 
 
-def _soft_formula(logits, grad, soft, largest):
+def _soft_part(logits, grad, soft, largest):
     exponentials = (logits - largest[:, None]).clamp(min=EXP_FLOOR).exp()
     soft.copy_(exponentials)
     return exponentials.sum(dim=1), (exponentials * grad).sum(dim=1)
 
 
-def _combine_formula(log_sharp, grad, soft, sharp, soft_factor, soft_pull, sharp_factor, sharp_pull, slope):
+def _gradient_part(
+    logits, grad, soft, sharp, largest, sharpness, soft_factor, soft_pull, sharp_factor, sharp_pull, slope
+):
+    log_sharp = ((logits - largest[:, None]) * sharpness).clamp(min=EXP_FLOOR)
     of_soft = soft * soft_factor[:, None] * (grad - soft_pull[:, None])
     of_sharp = sharp * sharp_factor[:, None] * (slope - log_sharp - sharp_pull[:, None])
     grad.copy_(of_soft + of_sharp)
 
 
-_EAGER_PARTS = _Parts(_sharp_in_place, _soft_in_place, _combine_in_place)
+def _in_parts(sharp_part: Callable, soft_part: Callable, gradient_part: Callable) -> _TileMath:
+    """The work in three passes over a tile, each of which torch.compile makes one kernel that allocates no tile."""
+
+    def forward(logits, scratch, largest, sharpness):
+        sums, weighted_sums = sharp_part(logits, scratch, largest, sharpness)
+        return sums.reciprocal() @ scratch, sums.log() - weighted_sums / sums
+
+    def backward(logits, grad, soft, sharp, largest, sharpness, slope, weight):
+        soft_sums, soft_pulls = soft_part(logits, grad, soft, largest)
+        sums, weighted_sums = sharp_part(logits, sharp, largest, sharpness)
+        sharp_pulls = sharp @ slope - weighted_sums
+        gradient_part(
+            *(logits, grad, soft, sharp, largest, sharpness),
+            *(1 / soft_sums, soft_pulls / soft_sums, weight / sums, sharp_pulls / sums, slope),
+        )
+
+    return _TileMath(forward, backward)
+
+
+_EAGER = _TileMath(_eager_forward, _eager_backward)
 
 
 @cache
-def _compiled_parts(device: str) -> _Parts:
-    """The parts through torch.compile, tried once; without a working compiler one warning and the eager parts."""
-    formulas = _Parts(_sharp_formula, _soft_formula, _combine_formula)
+def _compiled_math(device: str) -> _TileMath:
+    """The work through torch.compile, tried once; without a working compiler one warning and the eager work."""
     try:
-        parts = _Parts(*(torch.compile(formula, dynamic=True, fullgraph=True) for formula in formulas))
-        tile = [torch.zeros(3, 130, device=device) for _ in range(4)]
-        rows, columns = torch.ones(3, device=device), torch.zeros(130, device=device)
+        parts = [
+            torch.compile(part, dynamic=True, fullgraph=True) for part in (_sharp_part, _soft_part, _gradient_part)
+        ]
+        compiled = _in_parts(*parts)
+        tiles = [torch.zeros(3, 130, device=device) for _ in range(4)]
+        rows, columns, one = (
+            torch.ones(3, device=device),
+            torch.zeros(130, device=device),
+            torch.ones((), device=device),
+        )
         with torch.no_grad():
-            parts.soft(*tile[:3], rows)
-            parts.sharp(*tile[:2], rows, torch.ones((), device=device))
-            parts.combine(*tile, rows, rows, rows, rows, columns)
+            compiled.forward(*tiles[:2], rows, one)
+            compiled.backward(*tiles, rows, one, columns, one)
     except (RuntimeError, ImportError, OSError) as error:  # what torch.compile raises where a toolchain is missing
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(f'torch.compile does not work here, "tiled" is used instead: {reason}', stacklevel=3)
-        return _EAGER_PARTS
-    return _Parts(*(_eager_where_tiny(*pair) for pair in zip(parts, _EAGER_PARTS, strict=True)))
-
-
-def _eager_where_tiny(compiled: Callable, eager: Callable) -> Callable:
-    """Sizes of 1 are constants to torch.compile, each worth a compilation of its own: they stay eager."""
-    return lambda logits, *others: (eager if 1 in logits.shape else compiled)(logits, *others)
+        return _EAGER
+    # Sizes of 1 are constants to torch.compile, each worth a compilation of its own: such tiles stay eager.
+    return _TileMath(
+        lambda logits, *rest: (_EAGER if 1 in logits.shape else compiled).forward(logits, *rest),
+        lambda logits, *rest: (_EAGER if 1 in logits.shape else compiled).backward(logits, *rest),
+    )
 
 
 def _row_argmax(logits: Tensor) -> Tensor:

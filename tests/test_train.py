@@ -43,7 +43,7 @@ def trained(vae, images, tmp_path_factory):
 
 
 def state(tokenizer):
-    return {name: value for name, value in tokenizer.state_dict().items()}
+    return dict(tokenizer.state_dict().items())
 
 
 def test_every_named_term_is_logged(trained):
