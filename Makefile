@@ -2,6 +2,7 @@
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
 #   make test                        style, unit tests, notebooks
 #   make lab                         JupyterLab on the notebooks
+#   make notebooks                   run each as it is and keep the outputs of its checked cells, to be committed
 #   make clean                       remove the environment and everything under runs/ (trained weights too)
 # PYTHON=python3.12 takes another interpreter (3.11 to 3.13). On a machine without a GPU,
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the download of the CUDA libraries.
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup reproduce test lab clean
+.PHONY: setup reproduce test lab notebooks clean
 
 setup: $(STAMP)
 
@@ -36,6 +37,9 @@ test: $(STAMP)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+notebooks: $(STAMP)
+	set -e; for notebook in notebooks/*.ipynb; do $(BIN)/python -m codalib.execute $$notebook --keep-checked; done
 
 clean:
 	rm -rf $(VENV) runs .snakemake .coverage

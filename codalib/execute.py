@@ -29,6 +29,7 @@ from codalib.runs import atomic_write, project_folder, reports_folder, runs_fold
 
 log = logging.getLogger(__name__)
 
+CHECKED = "nbval-check-output"
 DEAD_KERNEL = 138  # papermill's own exit status for a kernel that died
 PRESENTATION = {"compare", "execute", "figures", "pages", "paper", "report", "runs"}
 SECONDS_BETWEEN_PROGRESS_LINES = 10
@@ -167,6 +168,22 @@ def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None) ->
     return page
 
 
+def keep_checked_outputs(path: Path, executed: Path) -> None:
+    """Put the outputs of cells tagged `nbval-check-output` from EXECUTED into the notebook PATH; strip all others."""
+    outputs = {cell.id: cell.get("outputs", []) for cell in nbformat.read(executed, as_version=4).cells}
+    notebook = nbformat.read(path, as_version=4)
+    for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
+        checked = CHECKED in cell.metadata.get("tags", [])
+        cell.outputs = outputs[cell.id] if checked else []
+        cell.execution_count = number if checked else None
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = number
+    with atomic_write(path) as file:
+        nbformat.write(notebook, file)
+        file.write("\n")
+
+
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Hold LOCK, which the system gives back when this process ends however it ends; StageError if another holds it."""
@@ -230,7 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, as YAML"
     )
+    parser.add_argument("--keep-checked", action="store_true", help="then put the checked cells' outputs into NOTEBOOK")
     options = parser.parse_args(arguments)
+    if options.keep_checked and (options.profile != "smoke" or options.p):
+        parser.error("--keep-checked is for the notebook's own defaults: take the profile smoke and no -p.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_MININTERVAL", "1")
@@ -239,6 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (StageError, OSError) as error:
         log.error("%s", error)
         return getattr(error, "status", 1)
+    if options.keep_checked:
+        keep_checked_outputs(options.notebook, runs_folder(options.profile) / options.notebook.name)
     log.info("page: %s", page)
     return 0
 

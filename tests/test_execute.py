@@ -142,3 +142,19 @@ def test_modules_behind_a_notebook_are_followed(tmp_path):
     assert needs("01_train", drawing) == needs("fig1", "from codalib.quantize import x")
     assert "train" not in needs("fig1", drawing)
     assert all(os.path.exists(file) for file in library_files(tmp_path / "fig1.ipynb"))
+
+
+def test_a_notebook_keeps_the_outputs_of_its_checked_cells_only(project):
+    (project / "profiles" / "smoke.yaml").write_text("")
+    path = write_notebook(project, CHECK, "print('loose')\nsteps", "print('checked')\nsteps")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata.tags = ["nbval-check-output"]
+    nbformat.write(notebook, path)
+    assert main([str(path), "--keep-checked"]) == 0
+    kept = nbformat.read(path, as_version=4)
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in notebook.cells]
+    assert kept.cells[-1].execution_count == 4
+    assert [output.get("text") or output.data["text/plain"] for output in kept.cells[-1].outputs] == ["checked\n", "2"]
+    assert all(not cell.outputs and not cell.execution_count for cell in kept.cells[:-1] if cell.cell_type == "code")
+    with pytest.raises(SystemExit):
+        main([str(path), "--keep-checked", "-p", "steps", "3"])
