@@ -32,8 +32,8 @@ reproduce: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest --cov --cov-fail-under=85 --cov-report=term:skip-covered \
-	    --nbval-lax --nbval-current-env --nbval-cell-timeout=600 tests notebooks
+	$(BIN)/python -m pytest --cov --cov-fail-under=85 --cov-report=term:skip-covered tests
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
