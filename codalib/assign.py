@@ -36,6 +36,7 @@ AUTO_COMPILE_LOGITS = 2**25  # MAR scales: 4 images at K = 16,384; a step of `ti
 TILE_ELEMENTS = {"cpu": 2**20}  # logits in one tile: 4 MiB in float32, a few of which fit a processor's last cache
 TILE_ELEMENTS_ELSEWHERE = 2**25  # a GPU wants longer kernels: 128 MiB
 TILE_LEAST_TOKENS = 16  # tokens in one tile at least, however many the codes: matrix products of fewer rows are slow
+LINEAR_LEAST_TOKENS = 256  # the same for a head: each tile also passes over the whole weight and its gradient
 ARGMAX_BLOCK = 64  # codes
 # exp(-80) = 2e-35: a row's largest exponential is 1, so no sum over any number of codes that fits a memory can tell it
 # from 0, while processors take exp of anything near float32's least number (exp(-87)) 12 to 40 times more slowly.
@@ -254,7 +255,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=full) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=full) if needs_bias else None
-        for rows, logits in _tiles(hidden.to(full), codes, buffers=1):
+        for rows, logits in _tiles(hidden.to(full), codes, buffers=1, least=LINEAR_LEAST_TOKENS):
             if hidden.dtype == full:
                 torch.mm(hidden[rows], weight.T, out=logits)
             else:
@@ -276,7 +277,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if needs_weight:
-                grad_weight += grad.T @ hidden[rows]
+                if grad.dtype == full:
+                    grad_weight.addmm_(grad.T, hidden[rows])
+                else:
+                    grad_weight += grad.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return loss / tokens
 
@@ -288,12 +292,14 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 class _TileMath(NamedTuple):
-    """The element-wise work on a tile. All tiles are (T, K) and may be overwritten; `largest` is each row's logit (T,)."""
+    """The element-wise work on a tile. Tiles are (T, K), may be overwritten; `largest` is each row's logit (T,).
 
-    forward: (
-        Callable  # (logits, scratch, largest, sharpness) -> column sums of the sharp distribution (K,), entropies (T,)
-    )
-    backward: Callable  # (logits, grad, scratch, scratch, largest, sharpness, slope (K,), weight ()): G <- its formula
+    forward(logits, scratch, largest, sharpness) -> the sharp distribution's column sums (K,) and entropies (T,)
+    backward(logits, grad, scratch, scratch, largest, sharpness, slope, weight): `grad`, holding G, becomes the gradient
+    """
+
+    forward: Callable
+    backward: Callable
 
 
 def _eager_forward(logits, scratch, largest, sharpness):
@@ -405,10 +411,12 @@ def _row_argmax(logits: Tensor) -> Tensor:
     return indices[:, 0]
 
 
-def _tiles(queries: Tensor, codes: int, buffers: int) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
-    """The rows of each tile of tokens, with uninitialised (T, K) buffers that all tiles share."""
+def _tiles(
+    queries: Tensor, codes: int, buffers: int, least: int | None = None
+) -> Iterator[tuple[slice, *tuple[Tensor, ...]]]:
+    """The rows of each tile of at least `least` tokens, with uninitialised (T, K) buffers that all tiles share."""
     elements = TILE_ELEMENTS.get(queries.device.type, TILE_ELEMENTS_ELSEWHERE)
-    step = min(max(TILE_LEAST_TOKENS, elements // codes), len(queries))
+    step = min(max(least or TILE_LEAST_TOKENS, elements // codes), len(queries))
     tiles = [queries.new_empty(step, codes) for _ in range(buffers)]
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))

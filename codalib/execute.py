@@ -150,7 +150,7 @@ def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None) ->
                 stdout_file=progress,
                 stderr_file=progress,
                 on_cell_start=progress.cell_start,
-                extra_arguments=[f"--IPKernelApp.exec_lines={TEXT_PROGRESS}", "--IPKernelApp.log_level=ERROR"],
+                extra_arguments=[f"--IPKernelApp.exec_lines={TEXT_PROGRESS}", "--IPKernelApp.log_level=CRITICAL"],
             )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}"

@@ -79,7 +79,7 @@ def training_curves(
         names = [key for key in found if key not in skipped]
     if not names:
         raise ValueError("The log holds no numbers to draw: it has no rows, or only steps.")
-    columns = min(3, len(names))
+    columns = 2 if len(names) == 4 else min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(WIDTH, 1.7 * rows + 0.3), layout="constrained")
     for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
