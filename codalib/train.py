@@ -77,21 +77,36 @@ class _Posterior(nn.Module):
 
 
 def pretrain_vae(
-    settings: PretrainSettings, train: ImageDataset, val: ImageDataset, folder: str | Path
+    settings: PretrainSettings,
+    train: ImageDataset,
+    val: ImageDataset,
+    folder: str | Path,
+    start: ContinuousVAE | None = None,
 ) -> ContinuousVAE:
     """Train a continuous VAE on L1, L2 and KL, resuming what `folder` holds, and return it with its latent scale set.
 
     The scale is 1 / std of the training latents, so that normalised latents have unit variance (the paper's VAEs bring
-    theirs along). Logs the terms and, at every evaluation, `val_psnr` in dB over `val`.
+    theirs along). Logs the terms and, at every evaluation, `val_psnr` in dB over `val`. With `start` it goes on from that
+    VAE's weights, whose architecture then replaces the settings'.
     """
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator(settings.precision)
-    model = _Posterior(build_autoencoder(settings, train.resolution)).to(accelerator.device)
+    autoencoder = build_autoencoder(settings, train.resolution) if start is None else copy.deepcopy(start.autoencoder)
+    model = _Posterior(autoencoder.train().requires_grad_(True)).to(accelerator.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
     )
     parallel = accelerator.prepare(model)
-    loop = Loop(settings, folder, accelerator, model, {"VAE": optimizer}, data=train.name, images=len(train))
+    loop = Loop(
+        settings,
+        folder,
+        accelerator,
+        model,
+        {"VAE": optimizer},
+        data=train.name,
+        images=len(train),
+        start=None if start is None else _checksum(*start.state_dict().values()),
+    )
     weights = LossWeights(kl=settings.kl_weight)
 
     def batches(first: int):
