@@ -86,8 +86,8 @@ def pretrain_vae(
     """Train a continuous VAE on L1, L2 and KL, resuming what `folder` holds, and return it with its latent scale set.
 
     The scale is 1 / std of the training latents, so that normalised latents have unit variance (the paper's VAEs bring
-    theirs along). Logs the terms and, at every evaluation, `val_psnr` in dB over `val`. With `start` it goes on from that
-    VAE's weights, whose architecture then replaces the settings'.
+    theirs along). Logs the terms and, at every evaluation, `val_psnr` in dB over `val`. With `start` it goes on from
+    that VAE's weights, whose architecture then replaces the settings'.
     """
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator(settings.precision)
@@ -142,6 +142,7 @@ def pretrain_vae(
     loop.run(batches, train_step, evaluate, "VAE")
     loop.load_averaged()
     vae = ContinuousVAE(model.autoencoder).eval().requires_grad_(False)
+    vae.autoencoder.register_to_config(scaling_factor=1.0, shift_factor=None)  # of `start`, no longer true
     vae.autoencoder.register_to_config(scaling_factor=1 / latent_std(vae, train, settings.batch_size))
     return vae
 
