@@ -6,7 +6,7 @@ codes is then split, and the parts' results are joined. No atomic additions: two
 gradient of the values, which torch's own index_add_ sums.
 
 Inputs may be float32, bfloat16 or float16; sums and statistics are float32. Products of float32 inputs keep float32's
-precision ("tf32x3" where the tensor cores have TF32, plain float32 otherwise): at an entropy temperature of 0.01, TF32's
+precision ("tf32x3" where the tensor cores have TF32, plain float32 otherwise): at a temperature of 0.01, TF32's
 ten bits would be as coarse as the differences between logits. float64 inputs are computed in float32.
 """
 
@@ -37,7 +37,7 @@ def _statistics_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
     ARGMAX_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """Of one token block and one split of the codes: argmax, maximum, sum exp, sum of sharp exp, sum of it x its log."""
+    """Of a token block and a split of the codes: argmax, maximum, sum exp, sum of sharp exp, sum of it x its log."""
     part = tl.program_id(1)
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     width = tl.arange(0, D_PAD)
