@@ -13,6 +13,7 @@ from codalib.quantize import ResidualQuantizer, quantizer_from_config
 from codalib.runs import write_json
 from codalib.vae import ADAPTER_CONFIG, ContinuousVAE, load_adapters, load_vae, save_adapters
 
+EMOJI_TOKENIZER = Path(__file__).parent.parent / "data" / "tokenizer-emoji"
 CONFIG, QUANTIZER_WEIGHTS = "config.json", "quantizer.safetensors"
 
 
@@ -49,6 +50,7 @@ class CodaTokenizer(nn.Module):
                 "expected the same"
             )
         self.vae, self.quantizer = vae, quantizer
+        self.base: str | None = None  # what `load_vae` takes for the VAE without adapters, where that is known
 
     @property
     def resolution(self) -> int:
@@ -116,17 +118,18 @@ class CodaTokenizer(nn.Module):
         """Load a folder written by `save_pretrained`, frozen and in evaluation mode.
 
         Args:
-            folder: the tokenizer's.
+            folder: the tokenizer's, or "emoji" for the embedded one.
             vae: another place of the base VAE than the one that was saved.
             backend: the quantizer's (see `codalib.assign`).
         Raises:
             ValueError: no tokenizer there, or parts that do not fit; the message says which.
         """
-        folder = Path(folder)
+        folder = EMOJI_TOKENIZER if folder == "emoji" else Path(folder)
         if not (folder / CONFIG).exists():
             raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by CodaTokenizer.save_pretrained")
         config = json.loads((folder / CONFIG).read_text())
-        base = load_vae(vae or config["vae"] or folder / "vae")
+        source = vae or config["vae"] or folder / "vae"
+        base = load_vae(source)
         if (folder / ADAPTER_CONFIG).exists():
             load_adapters(base, folder)
         quantizer = quantizer_from_config(config["quantizer"], backend)
@@ -139,4 +142,6 @@ class CodaTokenizer(nn.Module):
         if odd:
             raise ValueError(f"{folder / QUANTIZER_WEIGHTS} does not fit its {CONFIG}: {', '.join(sorted(odd))} differ")
         quantizer.load_state_dict(state)
-        return cls(base, quantizer).eval().requires_grad_(False)
+        tokenizer = cls(base, quantizer).eval().requires_grad_(False)
+        tokenizer.base = str(source)
+        return tokenizer
