@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 ENTROPY_EPS = 1e-5  # as in codalib.assign, which imports this file only when it is asked for
 TOKEN_BLOCK = 64
 CODE_BLOCK = 64
-WIDE = 128  # of queries or values wider than this, the blocks are halved to fit the chip
+WIDE = 32  # of queries or values wider than this, blocks and pipeline are smaller, to fit the registers and the chip
 PROGRAMS = 512  # kernels of fewer blocks are split; a few for each of an A100's or H100's 108 to 132 processors
 LEAST_SPLIT = 1024  # codes
 LOW = tl.constexpr(-1.0e30)  # stands for minus infinity, with which 0 * x would not be 0
@@ -229,7 +229,6 @@ class TritonAssign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, keys, values, scale, entropy_temperature):
         queries, keys, values = (_kernel_ready(x) for x in (queries, keys, values))
-        ctx.input_dtypes = queries.dtype, keys.dtype, values.dtype
         sharpness = 1 / entropy_temperature
         indices, (largest, soft_sum, sharp_sum, weighted_sum) = _statistics(queries, keys, scale, sharpness)
         rows = torch.stack([largest, soft_sum.log(), sharp_sum.log()])  # (3, N)
@@ -256,7 +255,8 @@ class TritonAssign(torch.autograd.Function):
         grad_value = grad_value.to(values.dtype).contiguous()
         slope = (mean + ENTROPY_EPS).log() + mean / (mean + ENTROPY_EPS)
         weight = (grad_entropy * ctx.sharpness / tokens).float().reshape(1)
-        blocks = _blocks(queries) | {"C": values.shape[1], "C_PAD": _padded(values.shape[1])}
+        channels = values.shape[1]
+        blocks = _blocks(queries, channels) | {"C": channels, "C_PAD": _padded(channels)}
         split, grid = _grid(tokens, codes, blocks)
         numbers = (tokens, codes, split, ctx.scale, ctx.sharpness)
         with _on_device(queries):
@@ -310,17 +310,18 @@ def _kernel_ready(x: Tensor) -> Tensor:
     return x.detach().contiguous() if x.dtype in (torch.bfloat16, torch.float16) else x.detach().float().contiguous()
 
 
-def _blocks(queries: Tensor) -> dict:
-    """The constants of a kernel; the dot product's precision follows from the device and the dtype."""
-    halve = 2 if queries.shape[1] > WIDE else 1
+def _blocks(queries: Tensor, channels: int = 1) -> dict:
+    """The constants of a kernel; the dot products' precision follows from the device."""
+    width = queries.shape[1]
+    wide = max(width, channels) > WIDE
     tensor_cores = queries.is_cuda and torch.cuda.get_device_capability(queries.device) >= (8, 0)
-    exact = "tf32x3" if tensor_cores and torch.version.hip is None else "ieee"
     return {
-        "D": queries.shape[1],
-        "D_PAD": _padded(queries.shape[1]),
-        "BT": TOKEN_BLOCK // halve,
-        "BK": CODE_BLOCK // halve,
-        "PRECISION": exact,
+        "D": width,
+        "D_PAD": _padded(width),
+        "BT": TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
+        "BK": CODE_BLOCK // 2 if wide else CODE_BLOCK,
+        "PRECISION": "tf32x3" if tensor_cores and torch.version.hip is None else "ieee",
+        "num_stages": 1 if wide else 2,
     }
 
 
