@@ -126,14 +126,8 @@ def argmax_assign(queries: Tensor, keys: Tensor, scale: float = 1.0, backend: st
 
 @torch.no_grad()
 def nearest_assign(features: Tensor, codes: Tensor, backend: str = "auto") -> Tensor:
-    """Index of the code at the least Euclidean distance (Eq. 1 of arXiv:2503.17760): (N, C), (K, C) -> (N,) int64.
-
-    |f - c|^2 is least where f.c - |c|^2 / 2 is largest: one matrix product, with a column of ones at the features.
-    """
-    _check_rows(features, codes)
-    features, codes = _at_least_float32(features), _at_least_float32(codes)
-    ones, half_norms = features.new_ones(len(features), 1), codes.square().sum(dim=1, keepdim=True) / 2
-    return argmax_assign(torch.cat([features, ones], dim=1), torch.cat([codes, -half_norms], dim=1), backend=backend)
+    """Index of the code at the least Euclidean distance (Eq. 1 of arXiv:2503.17760): (N, C), (K, C) -> (N,) int64."""
+    return argmax_assign(*_distance_as_product(features, codes), backend=backend)
 
 
 @torch.no_grad()
@@ -150,6 +144,14 @@ def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) ->
         top[rows], indices[rows] = logits.topk(count, dim=1)
         log_sums[rows] = logits.sub_(top[rows, :1]).clamp_(min=EXP_FLOOR).exp_().sum(dim=1).log_() + top[rows, 0]
     return top, indices, log_sums
+
+
+@torch.no_grad()
+def top_nearest(features: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` least Euclidean distances of each feature to the codes, rising, and their indices: both (N, count)."""
+    products, indices, _ = top_assign(*_distance_as_product(features, codes), count)
+    squares = _at_least_float32(features).square().sum(dim=1, keepdim=True) - 2 * products
+    return squares.clamp(min=0).sqrt(), indices
 
 
 def linear_cross_entropy(
@@ -179,6 +181,14 @@ def linear_cross_entropy(
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
     with torch.autocast(device, enabled=False):
         return _TiledCrossEntropy.apply(hidden, weight.to(hidden.dtype), targets, bias, label_smoothing)
+
+
+def _distance_as_product(features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose product is f.c - |c|^2 / 2, largest where |f - c|^2 is least: a column of ones joins the features."""
+    _check_rows(features, codes)
+    features, codes = _at_least_float32(features), _at_least_float32(codes)
+    ones, half_norms = features.new_ones(len(features), 1), codes.square().sum(dim=1, keepdim=True) / 2
+    return torch.cat([features, ones], dim=1), torch.cat([codes, -half_norms], dim=1)
 
 
 def _reference_assign(queries: Tensor, keys: Tensor, values: Tensor, entropy_temperature: float) -> Assignment:

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codalib.assign import BACKENDS, argmax_assign, nearest_assign, resolve_backend, softmax_assign
+from codalib.assign import (
+    BACKENDS,
+    argmax_assign,
+    nearest_assign,
+    resolve_backend,
+    softmax_assign,
+    top_assign,
+    top_nearest,
+)
 
 MAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 680 tokens; the release's levels for 16 x 16 latents
 FLUX_SCALES = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # 2,240 tokens; the release's levels for 32 x 32 latents
@@ -86,6 +94,10 @@ class ResidualQuantizer(nn.Module):
         """Features (N, C) -> a level, with gradients; the indices are those of `_choose`."""
         raise NotImplementedError
 
+    def _confidence(self, features: Tensor, keys: Tensor, top: int) -> Tensor:
+        """Features (N, C) -> scores (N, top), the surest code first."""
+        raise NotImplementedError
+
     # -- the shared scheme -------------------------------------------------------------------------------------------
 
     @property
@@ -140,6 +152,24 @@ class ResidualQuantizer(nn.Module):
             for level, p in zip(indices, self.scales, strict=False):
                 quantized = quantized + self._upsample(values[level.flatten()], p)
         return quantized
+
+    @torch.no_grad()
+    def confidence(self, latents: Tensor, top: int = 50) -> list[Tensor]:
+        """How sure the assignment is (Fig. 5 of arXiv:2503.17760): one (B, p, p, top) a level, the surest code first.
+
+        Attention: the `top` largest softmax scores, falling, in [0, 1]. Nearest neighbour: the `top` least Euclidean
+        distances, rising, in units of the latents.
+        """
+        residual = self._checked_latents(latents)
+        scores = []
+        with torch.autocast(latents.device.type, enabled=False):
+            keys, values = self._project_codes()
+            for p in self.scales:
+                features = self._features(residual, p)
+                scores.append(self._confidence(features, keys, top).view(-1, p, p, top))
+                chosen = self._choose(features, keys, self._backend_for(residual))
+                residual = residual - self._upsample(values[chosen], p)
+        return scores
 
     def config(self) -> dict:
         """The settings that rebuild this quantizer through `quantizer_from_config`, as plain values.
@@ -272,6 +302,10 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
     def _choose(self, features: Tensor, keys: Tensor, backend: str) -> Tensor:
         return argmax_assign(self.attn.queries(features), keys, self.attention_dim**-0.5, backend)
 
+    def _confidence(self, features: Tensor, keys: Tensor, top: int) -> Tensor:
+        logits, _, log_sums = top_assign(self.attn.queries(features), keys, top, self.attention_dim**-0.5)
+        return (logits - log_sums[:, None]).exp()
+
     def _assign(self, features: Tensor, keys: Tensor, values: Tensor, backend: str) -> Level:
         queries = self.attn.queries(features)
         scale = self.attention_dim**-0.5
@@ -318,6 +352,9 @@ class ResidualNearestQuantizer(ResidualQuantizer):
 
     def _choose(self, features: Tensor, keys: Tensor, backend: str) -> Tensor:
         return nearest_assign(features, keys, backend)
+
+    def _confidence(self, features: Tensor, keys: Tensor, top: int) -> Tensor:
+        return top_nearest(features, keys, top)[0]
 
     def _assign(self, features: Tensor, keys: Tensor, values: Tensor, backend: str) -> Level:
         indices = nearest_assign(features.detach(), keys.detach(), backend)

@@ -29,7 +29,7 @@ def latents(batch=3, side=5, seed=1):
     return torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "compiled"])
 def test_golden_values_and_gradients(backend):
     with safe_open(GOLDEN, "pt") as file:
         golden = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -175,6 +175,22 @@ def test_half_precision_latents_are_quantized_in_float32(kind):
         out = q(x)
     assert out.quantized.dtype == torch.float32
     assert torch.equal(out.quantized, q(x.float()).quantized)
+
+
+def test_confidence_of_attention_is_its_softmax_and_of_vq_its_distance():
+    x = latents()
+    for kind in KINDS:
+        q = small(kind)
+        scores = q.confidence(x, top=24)
+        assert [tuple(level.shape) for level in scores] == [(3, p, p, 24) for p in SCALES]
+        rising = 1 if kind is ResidualNearestQuantizer else -1
+        assert all((rising * level.diff(dim=-1) >= 0).all() for level in scores)
+        if kind is ResidualAttentionQuantizer:
+            assert all(torch.allclose(level.sum(-1), torch.ones(())) for level in scores)
+    single = small(ResidualNearestQuantizer, (5,))
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
+    expected = (rows[:, None] - single.codebooks.weight).norm(dim=2).sort(dim=1).values[:, :7]
+    torch.testing.assert_close(single.confidence(x, top=7)[0].view(-1, 7), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_of_the_released_pyramids():
