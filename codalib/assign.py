@@ -36,7 +36,6 @@ AUTO_COMPILE_LOGITS = 2**25  # MAR scales: 4 images at K = 16,384; a step of `ti
 TILE_ELEMENTS = {"cpu": 2**20}  # logits in one tile: 4 MiB in float32, a few of which fit a processor's last cache
 TILE_ELEMENTS_ELSEWHERE = 2**25  # a GPU wants longer kernels: 128 MiB
 TILE_LEAST_TOKENS = 16  # tokens in one tile at least, however many the codes: matrix products of fewer rows are slow
-ARGMAX_TOKENS, ARGMAX_CODES = 64, 4096  # where a tile has fewer tokens, argmax is taken over tiles of so many codes
 LINEAR_LEAST_TOKENS = 256  # the same for a head: each tile also passes over the whole weight and its gradient
 ARGMAX_BLOCK = 64  # codes
 # exp(-80) = 2e-35: a row's largest exponential is 1, so no sum over any number of codes that fits a memory can tell it
@@ -119,8 +118,6 @@ def argmax_assign(queries: Tensor, keys: Tensor, scale: float = 1.0, backend: st
         queries, keys = _at_least_float32(queries) * scale, _at_least_float32(keys)
         if backend == "reference":
             return (queries @ keys.T).argmax(dim=-1)
-        if _codes_need_tiles(queries, keys):
-            return _argmax_over_code_tiles(queries, keys)
         indices = queries.new_empty(len(queries), dtype=torch.long)
         for rows, logits in _tiles(queries, len(keys), buffers=1):
             indices[rows] = _row_argmax(torch.mm(queries[rows], keys.T, out=logits))
@@ -151,7 +148,7 @@ def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) ->
 
 @torch.no_grad()
 def top_nearest(features: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` least Euclidean distances of each feature to codes, rising, with their indices: both (N, count)."""
+    """The `count` least Euclidean distances of each feature to the codes, rising, and their indices: both (N, count)."""
     products, indices, _ = top_assign(*_distance_as_product(features, codes), count)
     squares = _at_least_float32(features).square().sum(dim=1, keepdim=True) - 2 * products
     return squares.clamp(min=0).sqrt(), indices
@@ -216,16 +213,11 @@ class _TiledAssign(torch.autograd.Function):
     def forward(ctx, queries, keys, values, entropy_temperature, math):
         tokens, codes = len(queries), len(keys)
         sharpness = queries.new_tensor(1 / entropy_temperature)
-        code_tiles = _codes_need_tiles(queries, keys)
-        indices = (
-            _argmax_over_code_tiles(queries, keys) if code_tiles else torch.empty_like(queries[:, 0], dtype=torch.long)
-        )
-        largest = queries.new_empty(tokens)
+        indices, largest = queries.new_empty(tokens, dtype=torch.long), queries.new_empty(tokens)
         mean, token_entropy = queries.new_zeros(codes), queries.new_zeros(())
         for rows, logits, scratch in _tiles(queries, codes, buffers=2):
             torch.mm(queries[rows], keys.T, out=logits)
-            if not code_tiles:
-                indices[rows] = _row_argmax(logits)
+            indices[rows] = _row_argmax(logits)
             largest[rows] = logits.gather(1, indices[rows, None])[:, 0]
             column_sums, entropies = math.forward(logits, scratch, largest[rows], sharpness)
             mean += column_sums
@@ -411,43 +403,6 @@ def _compiled_math(device: str) -> _TileMath:
         lambda logits, *rest: (_EAGER if 1 in logits.shape else compiled).forward(logits, *rest),
         lambda logits, *rest: (_EAGER if 1 in logits.shape else compiled).backward(logits, *rest),
     )
-
-
-def _codes_need_tiles(queries: Tensor, keys: Tensor) -> bool:
-    """Whether argmax goes over tiles of codes too: products of the few rows that a tile of all codes has are slow.
-
-    Training then takes its indices from there as well, at the price of one more product, so that they are the same.
-    """
-    elements = TILE_ELEMENTS.get(queries.device.type, TILE_ELEMENTS_ELSEWHERE)
-    return elements // len(keys) < min(ARGMAX_TOKENS, len(queries))
-
-
-def _argmax_over_code_tiles(queries: Tensor, keys: Tensor) -> Tensor:
-    """As `_row_argmax`, in two steps: the best block of codes from every tile's products, then the best code in it."""
-    codes = len(keys)
-    indices = queries.new_empty(len(queries), dtype=torch.long)
-    inside = torch.arange(ARGMAX_BLOCK, device=keys.device)
-    for rows, buffer in _tiles(queries, ARGMAX_CODES, buffers=1):
-        tokens = buffer.shape[0]
-        maxima = []
-        for start in range(0, codes, ARGMAX_CODES):
-            tile = keys[start : start + ARGMAX_CODES]
-            products = torch.mm(
-                queries[rows], tile.T, out=buffer.flatten()[: tokens * len(tile)].view(tokens, len(tile))
-            )
-            maxima += [block.amax(dim=-1).view(tokens, -1) for block in _argmax_blocks(products)]
-        block = torch.cat(maxima, dim=1).argmax(dim=1, keepdim=True)  # (T, 1)
-        candidates = (block * ARGMAX_BLOCK + inside).clamp_(max=codes - 1)  # (T, block); past the end, the last again
-        best = torch.bmm(keys[candidates], queries[rows, :, None])[:, :, 0].argmax(dim=1, keepdim=True)
-        indices[rows] = candidates.gather(1, best)[:, 0]
-    return indices
-
-
-def _argmax_blocks(logits: Tensor) -> list[Tensor]:
-    """(T, K) as (T, blocks, ARGMAX_BLOCK) and, where codes are left over, (T, rest)."""
-    whole = logits.shape[1] // ARGMAX_BLOCK * ARGMAX_BLOCK
-    blocks = [logits[:, :whole].unflatten(1, (-1, ARGMAX_BLOCK))] if whole else []
-    return [*blocks, logits[:, whole:]] if whole < logits.shape[1] else blocks
 
 
 def _row_argmax(logits: Tensor) -> Tensor:

@@ -26,13 +26,11 @@ TEMPERATURES = [0.01, 0.3, 1.0]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of at least 3 tokens and about 60 logits, blocks of 8 codes, code tiles of 20 codes from 30 codes on."""
+    """Tiles of at least 3 tokens and about 60 logits, blocks of 8 codes: small problems cross many borders."""
     monkeypatch.setattr(assign, "TILE_LEAST_TOKENS", 3)
     monkeypatch.setattr(assign, "LINEAR_LEAST_TOKENS", 3)
     monkeypatch.setattr(assign, "TILE_ELEMENTS", {"cpu": 60})
     monkeypatch.setattr(assign, "ARGMAX_BLOCK", 8)
-    monkeypatch.setattr(assign, "ARGMAX_TOKENS", 2)
-    monkeypatch.setattr(assign, "ARGMAX_CODES", 20)
 
 
 def problem(tokens, codes, width=6, channels=3, seed=0, dtype=torch.float64, spread=1.0):
