@@ -148,7 +148,7 @@ def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) ->
 
 @torch.no_grad()
 def top_nearest(features: Tensor, codes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` least Euclidean distances of each feature to the codes, rising, and their indices: both (N, count)."""
+    """The `count` least Euclidean distances of each feature to codes, rising, with their indices: both (N, count)."""
     products, indices, _ = top_assign(*_distance_as_product(features, codes), count)
     squares = _at_least_float32(features).square().sum(dim=1, keepdim=True) - 2 * products
     return squares.clamp(min=0).sqrt(), indices
