@@ -215,7 +215,7 @@ class TokenizerSettings(QuantizerSettings):
 def encode_images(
     vae: ContinuousVAE, dataset: ImageDataset, images: int, batch_size: int = 64, seed: int = 0
 ) -> Tensor:
-    """Sampled, normalised latents (N, C, H, W) of `images` images (rounded up to batches), in seeded order, on the CPU.
+    """Sampled, normalised latents (N, C, H, W) of N = `images` images, in seeded order, on the CPU.
 
     Beyond one pass over the data set the images come again, with other crops.
     """
@@ -223,7 +223,8 @@ def encode_images(
     generator = torch.Generator(device).manual_seed(seed)
     stream = training_batches(dataset, batch_size, seed)
     count = -(-images // batch_size)
-    return torch.cat([vae.encode(next(stream)["image"].to(device), generator=generator).cpu() for _ in range(count)])
+    parts = [vae.encode(next(stream)["image"].to(device), generator=generator).cpu() for _ in range(count)]
+    return torch.cat(parts)[:images]
 
 
 def fit_quantizer(
