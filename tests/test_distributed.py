@@ -1,0 +1,55 @@
+"""Two processes with half the batch each give the gradients of one process with the whole batch."""
+
+import socket
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from codalib.quantize import ResidualAttentionQuantizer
+from codalib.tokenizer import CodaTokenizer
+from codalib.vae import add_adapters, load_vae
+
+
+def gradients(model, images):
+    """Of a loss that is a mean over images (the entropy term is not: its mean distribution is each process's own)."""
+    output = model(images, sample=False)
+    loss = (output.reconstruction - images).square().mean() + output.quantization_loss
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tokenizer():
+    torch.manual_seed(0)
+    vae = add_adapters(load_vae("emoji"), "both", rank=2)
+    for name, parameter in vae.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide the other factor's gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    return CodaTokenizer(vae, ResidualAttentionQuantizer(16, 32, (1, 2, 4, 8)))
+
+
+def pictures():
+    return torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def work(rank, port, path):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = gradients(DistributedDataParallel(tokenizer()), pictures()[2 * rank : 2 * rank + 2])
+    if rank == 0:
+        save_file({name.removeprefix("module."): value.contiguous() for name, value in found.items()}, path)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, tmp_path / "gradients"), nprocs=2)
+    shared, whole = load_file(tmp_path / "gradients"), gradients(tokenizer(), pictures())
+    assert shared.keys() == whole.keys()
+    assert any("encoder" in name and value.abs().max() > 0 for name, value in whole.items())
+    for name, value in whole.items():
+        assert torch.allclose(shared[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item()), name

@@ -1,0 +1,33 @@
+"""The README's Python runs, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_python_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_its_make_targets_and_files_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    commands = re.findall(r"^ *make (\w+)", README, flags=re.MULTILINE)
+    assert {"reproduce", "test", "lab"} <= set(commands) <= targets
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_its_notebooks_and_profiles_exist():
+    for path in re.findall(r"(?:notebooks|profiles|data|codalib)/[\w./-]*\w", README):
+        assert (ROOT / path).exists(), path
