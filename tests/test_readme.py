@@ -20,7 +20,7 @@ def test_its_python_runs(tmp_path, monkeypatch):
 
 def test_its_make_targets_and_files_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    commands = re.findall(r"^ *make (\w+)", README, flags=re.MULTILINE)
+    commands = re.findall(r"(?:^ *|`)make (\w+)", README, flags=re.MULTILINE)
     assert {"reproduce", "test", "lab"} <= set(commands) <= targets
     links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README)
     assert links
