@@ -93,7 +93,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def number(value: Any, share: bool = False, spread: Any = None) -> str:
-    """A value in three significant digits (whole ones in full, a SHARE in percent), with its SPREAD; "" for none."""
+    """A value in three significant digits (a shorter or whole one as it is, a SHARE in percent), with its SPREAD."""
     if isinstance(value, str):
         return value
     if value is None or pd.isna(value):
@@ -104,6 +104,8 @@ def number(value: Any, share: bool = False, spread: Any = None) -> str:
         text = f"{100 * value:.1f}".removesuffix(".0")
     elif float(value).is_integer():
         text = f"{int(value):,}"
+    elif abs(value) >= 1e-4 and float(f"{value:.4g}") == value:  # a setting, or a number published so
+        text = f"{value:.4g}"
     elif abs(value) < 1e-4:
         text = f"{value:.2g}"
     else:
