@@ -6,6 +6,7 @@ restored on the way into the decoder.
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,9 +16,18 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from codalib.features import weights_folder
+from codalib.layouts import CONFIGS, build_autoencoder, read_state
 from codalib.runs import write_json
 
 EMOJI_VAE = Path(__file__).parent.parent / "data" / "vae-emoji"
+# Published VAEs by name: the file or folder below `codalib.features.weights_folder()`, and where it comes from.
+PUBLISHED_VAES = {
+    "kl16": ("kl16.safetensors", "kl16.safetensors of jadechoghari/mar on the Hugging Face Hub"),
+    "flux": ("flux-vae", "the folder vae of black-forest-labs/FLUX.1-dev on the Hugging Face Hub (gated)"),
+}
+PUBLISHED_WIDTHS = tuple(config["block_out_channels"] for config in CONFIGS.values())
+CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt")  # files in latent diffusion's layout
 ADAPTED_PARTS = {"both": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",), "none": ()}
 # Parts of a convolution's name. The release adapts these of MAR's VAE, and conv1 and conv2 alone of FLUX's.
 ADAPTED_LAYERS = ("conv1", "conv2", "upsample", "downsample")
@@ -71,6 +81,7 @@ class ContinuousVAE(nn.Module):
         """Images (B, 3, h, w) in [-1, 1] -> normalised latents (B, C, H, W).
 
         The posterior is sampled, as the release does in training and in evaluation; `sample=False` takes its mean.
+        A list of generators, one an image, makes an image's noise independent of its batch.
         """
         posterior = self.posterior(images)
         z = posterior.sample(generator) if sample else posterior.mean
@@ -95,13 +106,22 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
     """Load a continuous VAE, frozen and in evaluation mode.
 
     Args:
-        name: "emoji" (embedded), a folder written by diffusers' `save_pretrained`, or a Hub name such as
-            "stabilityai/sd-vae-ft-mse"; a gated one takes the token from the environment (HF_TOKEN).
+        name: "emoji" (embedded); "kl16" or "flux" (the paper's two, from the weights folder); a folder written by
+            diffusers' `save_pretrained`; a file in latent diffusion's layout (MAR's kl16.safetensors); or a Hub name
+            such as "stabilityai/sd-vae-ft-mse", a gated one with the token from the environment (HF_TOKEN). What
+            follows the Hub name's two parts is the subfolder: "black-forest-labs/FLUX.1-dev/vae".
         subfolder: where the VAE lies below the folder or Hub name, e.g. "vae".
     Raises:
         ValueError: nothing loadable under that name; the message says what was looked for.
     """
     source = EMOJI_VAE if name == "emoji" else name
+    if name in PUBLISHED_VAES:
+        file, origin = PUBLISHED_VAES[str(name)]
+        source = weights_folder() / file
+        if not source.exists():
+            raise ValueError(f"the VAE {name!r} is not here, looked for {source}: put there {origin}")
+    if Path(source).suffix in CHECKPOINTS and Path(source).expanduser().is_file():
+        return _load_checkpoint(Path(source).expanduser())
     folder = Path(source).expanduser() / (subfolder or "")
     is_local = Path(source).expanduser().exists()
     if is_local and not (folder / "config.json").exists():
@@ -112,6 +132,8 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
         raise ValueError(
             f"{EMOJI_VAE} is missing: restore it from the repository or train it with notebooks/00_pretrain_vae.ipynb"
         )
+    if not is_local and subfolder is None and len(parts := str(source).split("/")) > 2:
+        source, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         autoencoder = AutoencoderKL.from_pretrained(
             folder if is_local else str(source), subfolder=None if is_local else subfolder
@@ -122,6 +144,30 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
             f"no VAE could be loaded from {source!s} ({reason}): give 'emoji', a diffusers folder or a Hub name"
         ) from error
     return ContinuousVAE(autoencoder.float()).eval().requires_grad_(False)
+
+
+def _load_checkpoint(path: Path) -> ContinuousVAE:
+    state = read_state(path)
+    if any(".lora_layer." in name for name in state):
+        raise ValueError(f"{path} holds adapters beside its VAE: open its folder with codalib.released.load_tokenizer")
+    autoencoder = build_autoencoder(state)
+    if autoencoder.config.block_out_channels not in PUBLISHED_WIDTHS:
+        raise ValueError(
+            f"{path} holds a VAE of widths {autoencoder.config.block_out_channels}, whose latent scale is not known: "
+            "give it as a diffusers folder, whose config.json states the scale"
+        )
+    return ContinuousVAE(autoencoder).eval().requires_grad_(False)
+
+
+def adapted_convolutions(autoencoder: AutoencoderKL, where: str, layers: Iterable[str]) -> dict[str, nn.Conv2d]:
+    """The convolutions that `add_adapters` adapts, by name, in the network's order."""
+    return {
+        name: module
+        for name, module in autoencoder.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and name.split(".")[0] in ADAPTED_PARTS[where]
+        and any(part in name for part in layers)
+    }
 
 
 def add_adapters(
@@ -147,13 +193,7 @@ def add_adapters(
     vae.requires_grad_(False)
     if where == "none":
         return vae
-    targets = [
-        name
-        for name, module in vae.autoencoder.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and name.split(".")[0] in ADAPTED_PARTS[where]
-        and any(part in name for part in layers)
-    ]
+    targets = list(adapted_convolutions(vae.autoencoder, where, layers))
     if not targets:
         raise ValueError(f"no convolution of the VAE's {where} has a name with {' or '.join(layers)} in it")
     # alpha = rank gives scale 1; "gaussian" gives std 1/rank and a zero second factor
@@ -210,9 +250,19 @@ def load_adapters(vae: ContinuousVAE, folder: str | Path) -> ContinuousVAE:
 
 def merged(vae: ContinuousVAE) -> ContinuousVAE:
     """A copy of the VAE with its adapters added into the base convolutions: the same function, no peft layers."""
+    return _with_plain_layers(vae, merge=True)
+
+
+def without_adapters(vae: ContinuousVAE) -> ContinuousVAE:
+    """A copy of the VAE as it was before its adapters were added."""
+    return _with_plain_layers(vae, merge=False)
+
+
+def _with_plain_layers(vae: ContinuousVAE, merge: bool) -> ContinuousVAE:
     vae = copy.deepcopy(vae)
     for name, layer in [(n, m) for n, m in vae.autoencoder.named_modules() if isinstance(m, LoraLayer)]:
-        layer.merge()
+        if merge:
+            layer.merge()
         parent, _, child = name.rpartition(".")
         setattr(vae.autoencoder.get_submodule(parent), child, layer.get_base_layer())
     vae.adapter_settings = None

@@ -12,6 +12,7 @@ from codalib.vae import (
     load_vae,
     merged,
     save_adapters,
+    without_adapters,
 )
 
 
@@ -70,6 +71,47 @@ def test_merged_adapters_are_the_same_function(vae, images):
     assert not torch.allclose(ours, vae(images, sample=False), atol=1e-3)
     assert torch.allclose(plain(images, sample=False), ours, atol=1e-5)
     assert not adapter_parameters(plain)
+
+
+def test_without_its_adapters_it_is_the_vae_that_it_was(vae, images):
+    adapted = train_adapters(add_adapters(copy.deepcopy(vae), "both", rank=4))
+    plain = without_adapters(adapted)
+    assert torch.equal(plain(images, sample=False), vae(images, sample=False))
+    assert not adapter_parameters(plain)
+    assert adapter_parameters(adapted)
+
+
+def test_an_images_noise_can_be_its_own(vae, images):
+    def noise(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = vae.encode(images, generator=noise(3, 4))
+    assert torch.allclose(together[1:], vae.encode(images[1:], generator=noise(4)), atol=1e-5)
+    assert not torch.allclose(together[:1], vae.encode(images[:1], generator=noise(4)), atol=1e-2)
+
+
+def test_published_vaes_are_looked_for_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_WEIGHTS", str(tmp_path))
+    for name, file in (("kl16", "kl16.safetensors"), ("flux", "flux-vae")):
+        with pytest.raises(ValueError, match=f"{file}: put there"):
+            load_vae(name)
+    torch.save({"encoder.down.0.block.0.conv1.weight": torch.zeros(1)}, tmp_path / "kl16.safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_vae("kl16")
+
+
+def test_a_checkpoint_of_unknown_scale_is_refused(tmp_path):
+    from diffusers import AutoencoderKL
+
+    from codalib.layouts import KL16_CONFIG, published_state
+
+    small = AutoencoderKL(**KL16_CONFIG | {"block_out_channels": (32,) * 5, "layers_per_block": 1})
+    torch.save(published_state(small, "ldm"), tmp_path / "small.pth")
+    with pytest.raises(ValueError, match="latent scale is not known"):
+        load_vae(tmp_path / "small.pth")
+    torch.save({"encoder.conv_in.lora_layer.up.weight": torch.zeros(1)}, tmp_path / "adapted.ckpt")
+    with pytest.raises(ValueError, match="load_tokenizer"):
+        load_vae(tmp_path / "adapted.ckpt")
 
 
 def test_adapters_are_saved_apart_from_their_base(vae, images, tmp_path):
