@@ -1,0 +1,177 @@
+"""Measure several models over the same images, the images shared by several processes, each counted once."""
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from codalib.data import ImageDataset, evaluation_batches, load_dataset
+from codalib.features import weights_folder
+from codalib.losses import build_perceptual
+from codalib.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
+from codalib.released import open_tokenizer
+from codalib.runs import read_json, runs_folder, write_json
+from codalib.tokenizer import CodaTokenizer
+from codalib.vae import ContinuousVAE, load_vae
+
+log = logging.getLogger(__name__)
+
+SEED_STRIDE = 1_000_003  # between the seeds of two runs, more than any data set has images
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What the models of a table are measured on, and by which networks."""
+
+    dataset: str  # "emoji" or "imagefolder:PATH"; its validation split
+    resolution: int  # side of the images, pixels
+    val_limit: int | None = None  # images; None: all
+    batch_size: int = 50  # images a process and batch
+    workers: int = 0  # processes that load images, for each process that measures
+    frechet: str | None = "auto"  # "rfid" (Inception), "fd_effnet", what is here, or None
+    frechet_resolution: int = 224  # side of EfficientNet's input, pixels
+    perceptual: str | None = "auto"  # "perceptual_vgg" (LPIPS), "perceptual_effnet", what is here, or None
+    seed: int = 0  # of the posterior's noise
+
+    def load_images(self) -> ImageDataset:
+        return load_dataset(self.dataset, "val", self.resolution, limit=self.val_limit)
+
+
+def find_model(name: str) -> str:
+    """Where a model named in a profile lies: below runs/, below the weights folder, or wherever NAME itself says."""
+    for place in (runs_folder(name), weights_folder() / name):
+        if place.exists():
+            return str(place)
+    return name
+
+
+def check_models(vaes: Mapping[str, str], tokenizers: Mapping[str, str]) -> None:
+    """Raise ValueError where two models share a name, there is none, or a tokenizer's folder is not here."""
+    if shared := vaes.keys() & tokenizers.keys():
+        raise ValueError(f"a VAE and a tokenizer are both named {', '.join(sorted(shared))}: give each its own name")
+    if not vaes and not tokenizers:
+        raise ValueError("no model is given to measure: name a VAE or a tokenizer")
+    for name, path in tokenizers.items():
+        if path != "emoji" and not Path(find_model(path)).expanduser().exists():
+            places = f"{runs_folder()}, {weights_folder()} and as a path"
+            raise ValueError(f"the tokenizer of {name!r} is not here: looked for {path} in {places}")
+
+
+def evaluate_models(
+    settings: EvaluationSettings, vaes: dict[str, str], tokenizers: dict[str, str], folder: str | Path
+) -> None:
+    """Measure continuous VAEs and tokenizers over the same images; run it through `codalib.launch.launch`.
+
+    Process r of n takes every n-th image, and the measures are added up at the end, so that every image counts once
+    however many processes there are. One file a model, `measured/NAME.json` in FOLDER, holds its row and the protocol
+    of each number; a model that an interrupted run has measured already is not measured again.
+
+    Args:
+        settings: the images and the networks of the measures.
+        vaes: name -> what `find_model` and then `load_vae` take.
+        tokenizers: name -> what `find_model` and then `codalib.released.open_tokenizer` take.
+    """
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    images = settings.load_images()
+    if len(images) < accelerator.num_processes:
+        raise ValueError(f"{len(images)} images for {accelerator.num_processes} processes: take fewer processes")
+    perceptual = build_perceptual(settings.perceptual)
+    frechet = build_frechet(settings.frechet, settings.frechet_resolution)
+    for name, path in {**vaes, **tokenizers}.items():
+        file = measured_file(folder, name, path, settings)
+        done = file.exists()
+        accelerator.wait_for_everyone()  # all have looked before the first writes
+        if done:
+            continue
+        started = time.monotonic()
+        model = load_vae(find_model(path)) if name in vaes else open_tokenizer(find_model(path))
+        model.to(accelerator.device)
+        measures = _measures(settings, model, frechet, perceptual).to(accelerator.device)
+        values = measure(model, images, measures, settings, accelerator.process_index, accelerator.num_processes)
+        protocol = measures.protocol()
+        frechet = frechet and measures.frechet.with_same_reference()
+        row = {"method": name, **_size(model), "images": int(measures.images.compute()), **values}
+        if accelerator.is_main_process:
+            seconds = round(time.monotonic() - started, 1)
+            write_json(file, {"row": row, "protocol": protocol, "seconds": seconds})
+            log.info("%s: %d images in %.0f s", name, row["images"], seconds)
+        del model
+    accelerator.wait_for_everyone()
+
+
+def read_measured(
+    settings: EvaluationSettings, models: Mapping[str, str], folder: str | Path
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows that `evaluate_models` wrote, in the order of MODELS, and the protocol of each measure."""
+    results = [read_json(measured_file(folder, name, path, settings)) for name, path in models.items()]
+    protocol = {measure: text for result in results for measure, text in result["protocol"].items()}
+    return [result["row"] for result in results], protocol
+
+
+def measured_file(folder: str | Path, name: str, path: str, settings: EvaluationSettings) -> Path:
+    """Where a model's result lies; the name changes with everything that decides the numbers."""
+    place = Path(find_model(path)).expanduser()
+    stamps = sorted((file.name, file.stat().st_mtime_ns) for file in place.rglob("*")) if place.is_dir() else []
+    outer = {"batch_size", "workers"}
+    inputs = {key: value for key, value in asdict(settings).items() if key not in outer}
+    mark = hashlib.sha256(json.dumps([inputs, str(place), stamps]).encode()).hexdigest()[:12]
+    return Path(folder) / "measured" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{mark}.json"
+
+
+@torch.no_grad()
+def measure(
+    model: CodaTokenizer | ContinuousVAE,
+    images: ImageDataset,
+    measures: ReconstructionMetrics,
+    settings: EvaluationSettings,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, float]:
+    """Measure one model's reconstructions of the images that fall to process RANK of WORLD; returns the whole's.
+
+    The posterior is sampled, as the release does, with noise that depends on the seed and the image alone: the numbers
+    do not change with the number of processes or the batch.
+    """
+    device = next(model.parameters()).device
+    batches = evaluation_batches(images, settings.batch_size, rank, world, settings.workers)
+    total = -(-len(range(rank, len(images), world)) // settings.batch_size)
+    for batch in tqdm(batches, total=total, desc="measuring", disable=rank > 0, mininterval=2.0):
+        pictures = batch["image"].to(device)
+        seeds = (settings.seed * SEED_STRIDE + index for index in batch["index"].tolist())
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        if isinstance(model, ContinuousVAE):
+            measures.update(pictures, model(pictures, generator=noise))
+        else:
+            out = model(pictures, generator=noise)
+            measures.update(pictures, out.reconstruction, out.latents, out.quantized, out.indices)
+    return measures.compute()
+
+
+def _measures(
+    settings: EvaluationSettings,
+    model: CodaTokenizer | ContinuousVAE,
+    frechet: FrechetDistance | None,
+    perceptual: torch.nn.Module | None,
+) -> ReconstructionMetrics:
+    codes = (None, None)
+    if isinstance(model, CodaTokenizer):
+        codes = model.quantizer.codebook_size, len(model.quantizer.scales)
+    reference = f"the validation images of {settings.dataset}, cropped as the inputs are"
+    return ReconstructionMetrics(*codes, frechet=frechet, perceptual=perceptual, reference_set=reference)
+
+
+def _size(model: CodaTokenizer | ContinuousVAE) -> dict[str, int | None]:
+    tokenizer = isinstance(model, CodaTokenizer)
+    return {
+        "ratio": (model.vae if tokenizer else model).downsampling,
+        "codebook_size": model.quantizer.codebook_size if tokenizer else None,
+    }
