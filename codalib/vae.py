@@ -16,16 +16,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from codalib.features import weights_folder
+from codalib.features import DATA, MissingWeights, find_weights
 from codalib.layouts import CONFIGS, build_autoencoder, read_state
 from codalib.runs import write_json
 
-EMOJI_VAE = Path(__file__).parent.parent / "data" / "vae-emoji"
-# Published VAEs by name: the file or folder below `codalib.features.weights_folder()`, and where it comes from.
-PUBLISHED_VAES = {
-    "kl16": ("kl16.safetensors", "kl16.safetensors of jadechoghari/mar on the Hugging Face Hub"),
-    "flux": ("flux-vae", "the folder vae of black-forest-labs/FLUX.1-dev on the Hugging Face Hub (gated)"),
-}
+EMOJI_VAE = DATA / "vae-emoji"
+PUBLISHED_VAES = ("kl16", "flux")  # the paper's two, by their names in `codalib.features.NETWORKS`
 PUBLISHED_WIDTHS = tuple(config["block_out_channels"] for config in CONFIGS.values())
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt")  # files in latent diffusion's layout
 ADAPTED_PARTS = {"both": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",), "none": ()}
@@ -116,10 +112,10 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
     """
     source = EMOJI_VAE if name == "emoji" else name
     if name in PUBLISHED_VAES:
-        file, origin = PUBLISHED_VAES[str(name)]
-        source = weights_folder() / file
-        if not source.exists():
-            raise ValueError(f"the VAE {name!r} is not here, looked for {source}: put there {origin}")
+        try:
+            source = find_weights(str(name))
+        except MissingWeights as error:
+            raise ValueError(str(error)) from error
     if Path(source).suffix in CHECKPOINTS and Path(source).expanduser().is_file():
         return _load_checkpoint(Path(source).expanduser())
     folder = Path(source).expanduser() / (subfolder or "")

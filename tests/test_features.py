@@ -83,7 +83,29 @@ def test_status_lists_every_network(weights_folder, capsys):
     features.main()
     printed = capsys.readouterr().out
     assert all(name in printed for name in features.NETWORKS)
-    assert printed.count("MISSING") == 3
+    assert printed.count("MISSING") == 3 + 4  # single files, the published VAEs and tokenizers
+    for row in rows.values():
+        assert row["licence"] in printed
+        assert row["where"] in printed
+        assert row["how_to_get"] in printed or row["here"]
+
+
+def test_a_folder_is_here_when_one_of_its_sets_of_files_is_whole(weights_folder):
+    folder = weights_folder / "coda" / "mar_v16384"
+    folder.mkdir(parents=True)
+    for name, whole in (("vae_ema.pth", False), ("quantizer.pth", False), ("quantizer_ema.pth", True)):
+        (folder / name).touch()
+        assert features.has_weights("coda/mar_v16384") is whole
+    assert features.find_weights("coda/mar_v16384") == folder
+    (weights_folder / "kl16.safetensors").mkdir()  # a folder of a file's name is no file
+    with pytest.raises(features.MissingWeights, match=r"kl16.safetensors of jadechoghari/mar .* codalib.fetch kl16"):
+        features.find_weights("kl16")
+
+
+def test_every_missing_network_can_be_fetched():
+    for network in features.NETWORKS.values():
+        ways = [network.url, network.hub, network.package, network.root]
+        assert sum(way is not None for way in ways) == 1, network.name
 
 
 @pytest.mark.parametrize(("picture", "label"), [("china.jpg", 698), ("flower.jpg", 985)])  # palace, daisy
