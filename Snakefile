@@ -7,7 +7,7 @@ before it has changed. Its checkpoints are nobody's output, so that an interrupt
 import os
 import sys
 
-from codalib.execute import library_files, profile_path, profile_section
+from codalib.execute import library_files, profile_section, profile_stages
 from codalib.runs import MANIFEST, reports_folder, runs_folder
 
 PROFILE = config.get("profile", "emoji")
@@ -21,9 +21,10 @@ NEEDS = {
     "00_pretrain_vae": [],
     "01_train_tokenizer": [],
     "table1_ablation": ["01_train_tokenizer"],
+    "table2_reconstruction": ["01_train_tokenizer"],
     "fig7_reconstructions": ["01_train_tokenizer"],
 }
-profile_path(PROFILE)  # an unknown profile stops here, with the known ones named
+STAGES = profile_stages(PROFILE, NEEDS)  # an unknown profile stops here, with the known ones named
 
 
 def finished(stages):
@@ -36,13 +37,13 @@ def files(folder, *endings):
 
 
 wildcard_constraints:
-    stage="|".join(NEEDS),
+    stage="|".join(STAGES),
 
 
 rule all:  # names every result, so that one that an interrupted run took away is made again
     input:
-        finished(NEEDS),
-        expand(REPORTS + "/{stage}.html", stage=NEEDS),
+        finished(STAGES),
+        expand(REPORTS + "/{stage}.html", stage=STAGES),
         f"{REPORTS}/index.html",
 
 
@@ -64,8 +65,8 @@ rule stage:
 
 rule report:
     input:
-        finished(NEEDS),
-        pages=expand(REPORTS + "/{stage}.html", stage=NEEDS),
+        finished(STAGES),
+        pages=expand(REPORTS + "/{stage}.html", stage=STAGES),
         library=library_files("notebooks/report.ipynb"),
         templates=files("codalib/templates", ""),
         notebook="notebooks/report.ipynb",

@@ -14,6 +14,7 @@ from codalib.paper import CLAIMS, COLUMNS, Table
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 SIGNIFICANCE = 0.05
 SEEDS_FOR_A_TEST = 3  # below this the seeds are only compared in sign
+DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
 PAPER_PREFIX, SPREAD_SUFFIX = "paper_", "_std"
 
 
@@ -52,25 +53,43 @@ def judge(
     return {"id": claim, "verdict": verdict, "effect": effect, "detail": f"{detail} {how}".strip()}
 
 
-def beside_paper(rows: Sequence[Mapping[str, Any]], table: Table, columns: Mapping[str, str | None]) -> pd.DataFrame:
+def beside_paper(
+    rows: Sequence[Mapping[str, Any]], table: Table, columns: Mapping[str, str | None], whole: bool = False
+) -> pd.DataFrame:
     """The run's ROWS, each measure next to the paper's column for the same method.
 
     Args:
-        rows: {"method": a method of TABLE or one of ours, measure: number}.
-        columns: measure of the run -> column of the paper's table, None where the paper has none of the kind.
+        rows: {"method": name, measure: number}. What follows a comma in a name is a remark: "CODA MAR 16384, released
+            weights" stands beside the paper's "CODA MAR 16384".
+        columns: measure of the run -> column of the paper's table, None where the paper has none of the kind. One of
+            `DESCRIPTIONS` is what a method is and not how well it does: ours or the paper's, in one column.
+        whole: show the methods of TABLE that the run has not measured too, ours after those of the same name.
 
     Returns a frame with "method", then each measure followed by "paper_COLUMN"; gaps are NaN.
     """
     published = {row.method: row.published() for row in table}
-    lines = []
-    for row in rows:
-        line: dict[str, Any] = {"method": row["method"]}
+
+    def line(row: Mapping[str, Any]) -> dict[str, Any]:
+        theirs, values = published.get(_named(row), {}), {"method": row["method"]}
         for measure, column in columns.items():
-            line[measure] = row.get(measure)
-            if column:
-                line[PAPER_PREFIX + column] = published.get(row["method"], {}).get(column)
-        lines.append(line)
-    return pd.DataFrame(lines)
+            values[measure] = row.get(measure)
+            if measure in DESCRIPTIONS and values[measure] is None:
+                values[measure] = theirs.get(column)
+            elif measure not in DESCRIPTIONS and column:
+                values[PAPER_PREFIX + column] = theirs.get(column)
+        return values
+
+    if not whole:
+        return pd.DataFrame([line(row) for row in rows])
+    order = list(published)
+    measured = {_named(row) for row in rows if row["method"] in published}  # these have a line of their own
+    everything = [*({"method": method} for method in order if method not in measured), *rows]
+    place = {method: i for i, method in enumerate(order)}
+    return pd.DataFrame([line(row) for row in sorted(everything, key=lambda r: place.get(_named(r), len(order)))])
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return row["method"].partition(",")[0]
 
 
 def label(column: str) -> str:

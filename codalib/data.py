@@ -104,6 +104,11 @@ class ImageDataset(Dataset):
         """(N,) long."""
         return torch.tensor([item.label for item in self.items])
 
+    def check_share(self, processes: int) -> None:
+        """Raise DataError where there is less than an image for each of the processes that share the set."""
+        if len(self) < processes:
+            raise DataError(f"{len(self)} images of {self.name} for {processes} processes: take fewer processes")
+
     def subset(self, indices: list[int]) -> "ImageDataset":
         items = [self.items[i] for i in indices]
         return ImageDataset(items, self.classes, self.resolution, self.random_crop, self.name)
@@ -135,7 +140,8 @@ def load_dataset(
     """Load a data set by name.
 
     Args:
-        name: "emoji" (embedded, 9 classes, 64 x 64) or "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...).
+        name: "emoji" (embedded, 9 classes, 64 x 64) or "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...); an
+            environment variable in PATH is filled in: "imagefolder:$IMAGENET".
         split: "train" or "val".
         resolution: side of the square images, pixels.
         random_crop: the training transform; by default for the training split only.
@@ -152,7 +158,7 @@ def load_dataset(
     if name == "emoji":
         items, classes = _emoji(split)
     elif kind == "imagefolder" and path:
-        items, classes = _imagefolder(Path(path).expanduser(), split)
+        items, classes = _imagefolder(_filled_in(path), split)
     else:
         raise DataError(f"data set is {name!r}, expected 'emoji' or 'imagefolder:PATH'")
     if num_classes is not None and num_classes != len(classes):
@@ -173,6 +179,13 @@ def _emoji(split: str) -> tuple[list[Item], list[str]]:
     rows = pq.read_table(path, columns=["image", "label", "caption", "style"]).to_pylist()
     names = (f"emoji/{split}/{i} ({row['caption']}, {row['style']})" for i, row in enumerate(rows))
     return [Item(name, r["label"], r["caption"], r["image"]) for name, r in zip(names, rows, strict=True)], classes
+
+
+def _filled_in(path: str) -> Path:
+    filled = os.path.expandvars(path)
+    if "$" in filled:
+        raise DataError(f"{path} names an environment variable that is not set: export it, or give the path itself")
+    return Path(filled).expanduser()
 
 
 def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:

@@ -21,7 +21,7 @@ from codalib.metrics import FrechetDistance, ReconstructionMetrics, build_freche
 from codalib.released import open_tokenizer
 from codalib.runs import read_json, runs_folder, write_json
 from codalib.tokenizer import CodaTokenizer
-from codalib.vae import ContinuousVAE, load_vae
+from codalib.vae import PUBLISHED_VAES, ContinuousVAE, load_vae
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +47,19 @@ class EvaluationSettings:
 
 
 def find_model(name: str) -> str:
-    """Where a model named in a profile lies: below runs/, below the weights folder, or wherever NAME itself says."""
+    """Where a model of a profile lies: a name that `load_vae` knows, below runs/ or the weights folder, or NAME."""
+    if name == "emoji" or name in PUBLISHED_VAES:
+        return name
     for place in (runs_folder(name), weights_folder() / name):
         if place.exists():
             return str(place)
     return name
+
+
+def present_models(models: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """MODELS whose files are here, and those that are not, each name -> path."""
+    here = {name: path for name, path in models.items() if Path(find_model(path)).expanduser().exists()}
+    return here, {name: path for name, path in models.items() if name not in here}
 
 
 def check_models(vaes: Mapping[str, str], tokenizers: Mapping[str, str]) -> None:
@@ -82,8 +90,7 @@ def evaluate_models(
     """
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     images = settings.load_images()
-    if len(images) < accelerator.num_processes:
-        raise ValueError(f"{len(images)} images for {accelerator.num_processes} processes: take fewer processes")
+    images.check_share(accelerator.num_processes)
     perceptual = build_perceptual(settings.perceptual)
     frechet = build_frechet(settings.frechet, settings.frechet_resolution)
     for name, path in {**vaes, **tokenizers}.items():
@@ -96,7 +103,8 @@ def evaluate_models(
         model = load_vae(find_model(path)) if name in vaes else open_tokenizer(find_model(path))
         model.to(accelerator.device)
         measures = _measures(settings, model, frechet, perceptual).to(accelerator.device)
-        values = measure(model, images, measures, settings, accelerator.process_index, accelerator.num_processes)
+        share = accelerator.process_index, accelerator.num_processes
+        values = measure(model, images, measures, settings.batch_size, settings.seed, *share, settings.workers)
         protocol = measures.protocol()
         frechet = frechet and measures.frechet.with_same_reference()
         row = {"method": name, **_size(model), "images": int(measures.images.compute()), **values}
@@ -132,22 +140,25 @@ def measure(
     model: CodaTokenizer | ContinuousVAE,
     images: ImageDataset,
     measures: ReconstructionMetrics,
-    settings: EvaluationSettings,
+    batch_size: int = 64,
+    seed: int = 0,
     rank: int = 0,
     world: int = 1,
+    workers: int = 0,
 ) -> dict[str, float]:
-    """Measure one model's reconstructions of the images that fall to process RANK of WORLD; returns the whole's.
+    """Measure a tokenizer's or a continuous VAE's reconstructions of every image of a data set, once.
 
-    The posterior is sampled, as the release does, with noise that depends on the seed and the image alone: the numbers
-    do not change with the number of processes or the batch.
+    Process RANK of WORLD does its share, and each returns the measures of the whole. The posterior is sampled, as the
+    release does, with noise that depends on the seed and the image alone: the numbers change neither with the number
+    of processes nor with the batch.
     """
     device = next(model.parameters()).device
-    batches = evaluation_batches(images, settings.batch_size, rank, world, settings.workers)
-    total = -(-len(range(rank, len(images), world)) // settings.batch_size)
+    batches = evaluation_batches(images, batch_size, rank, world, workers)
+    total = -(-len(range(rank, len(images), world)) // batch_size)
     for batch in tqdm(batches, total=total, desc="measuring", disable=rank > 0, mininterval=2.0):
         pictures = batch["image"].to(device)
-        seeds = (settings.seed * SEED_STRIDE + index for index in batch["index"].tolist())
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on every device
+        seeds = (seed * SEED_STRIDE + index for index in batch["index"].tolist())
+        noise = [torch.Generator().manual_seed(own) for own in seeds]  # on the CPU: the same on every device
         if isinstance(model, ContinuousVAE):
             measures.update(pictures, model(pictures, generator=noise))
         else:

@@ -30,6 +30,7 @@ from codalib.runs import atomic_write, project_folder, reports_folder, runs_fold
 log = logging.getLogger(__name__)
 
 CHECKED = "nbval-check-output"
+STAGES = "stages"  # a profile's list of the notebooks that it runs
 DEAD_KERNEL = 138  # papermill's own exit status for a kernel that died
 PRESENTATION = {"compare", "execute", "figures", "pages", "paper", "report", "runs"}
 SECONDS_BETWEEN_PROGRESS_LINES = 10
@@ -60,15 +61,39 @@ def profile_path(profile: str) -> Path:
 
 def profile_section(profile: str, notebook: str) -> dict[str, Any]:
     """What PROFILE changes in the parameters of NOTEBOOK: {name: value}, empty where it has no section for it."""
-    path = profile_path(profile)
-    contents = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    unknown = [name for name in contents if not (project_folder() / "notebooks" / f"{name}.ipynb").exists()]
-    if unknown:
-        raise StageError(f"{path} has sections of no notebook: {', '.join(map(str, unknown))}.")
+    path, contents = profile_path(profile), _read_profile(profile)
     section = contents.get(notebook) or {}
     if not isinstance(section, dict):
         raise StageError(f"{path}: the section {notebook!r} must map names to values, got {section!r}.")
     return section
+
+
+def profile_stages(profile: str, needs: Mapping[str, list[str]]) -> list[str]:
+    """The notebooks that PROFILE runs, in the order of NEEDS (notebook -> those that it needs): its `stages`, or all.
+
+    Raises StageError for a name that is not in NEEDS, and for a notebook that needs one which the profile does not run.
+    """
+    chosen = _read_profile(profile).get(STAGES, list(needs))
+    unknown = [str(name) for name in chosen if name not in needs]
+    if unknown:
+        raise StageError(
+            f"{profile_path(profile)}: {STAGES} names {', '.join(unknown)}, expected some of {', '.join(needs)}."
+        )
+    for name in chosen:
+        missing = [need for need in needs[name] if need not in chosen]
+        if missing:
+            raise StageError(f"{profile_path(profile)}: {name} needs {', '.join(missing)}: add it to {STAGES}.")
+    return [name for name in needs if name in chosen]
+
+
+def _read_profile(profile: str) -> dict[str, Any]:
+    path = profile_path(profile)
+    contents = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    notebooks = project_folder() / "notebooks"
+    unknown = [str(name) for name in contents if name != STAGES and not (notebooks / f"{name}.ipynb").exists()]
+    if unknown:
+        raise StageError(f"{path} has sections of no notebook: {', '.join(unknown)}.")
+    return contents
 
 
 def declared_parameters(notebook: nbformat.NotebookNode) -> dict[str, tuple[str, Any]]:

@@ -27,9 +27,13 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _work, (function, arguments, processes, port), nprocs=processes, start_method="spawn"
-    )
+    try:
+        torch.multiprocessing.start_processes(
+            _work, (function, arguments, processes, port), nprocs=processes, start_method="spawn"
+        )
+    except torch.multiprocessing.ProcessRaisedException as error:
+        reason = str(error).strip().splitlines()[-1]  # of the traceback that torch hands over as text
+        raise RuntimeError(f"process {error.error_index + 1} of {processes} stopped: {reason}") from error
 
 
 def _work(rank: int, function: Callable[..., None], arguments: tuple, processes: int, port: int) -> None:

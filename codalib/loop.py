@@ -46,6 +46,7 @@ class LoopSettings:
     betas: tuple[float, float] = (0.5, 0.9)
     clip: float = 10.0  # gradient norm
     ema: float = 0.9999  # decay of the weights' average, ramped as (1 + step) / (10 + step); 0: none
+    ema_start: int = 0  # steps before the average begins; until then it is the weights themselves
     precision: str = "auto"  # "auto", "float32" or "bfloat16"
     seed: int = 0
     workers: int = 0  # data loading processes
@@ -116,12 +117,17 @@ class Loop:
     ):
         self.settings, self.folder, self.accelerator = settings, Path(folder), accelerator
         self.module, self.optimizers, self.companions = module, optimizers, companions or {}
+        inputs["processes"] = accelerator.num_processes  # the batch is shared by all of them
         self.checkpoints = self.folder / "checkpoints" / settings.fingerprint(**inputs)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in self.checkpoints.glob("*.part"):
             shutil.rmtree(leftover)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.ema = EMAModel(self.trainable.values(), decay=settings.ema) if settings.ema else None
+        self.ema = (
+            EMAModel(self.trainable.values(), decay=settings.ema, update_after_step=settings.ema_start)
+            if settings.ema
+            else None
+        )
         if self.ema:
             self.ema.to(accelerator.device)
         self.base_rates = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}

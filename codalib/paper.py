@@ -18,6 +18,8 @@ COLUMNS = {
     "lpips": ("LPIPS", -1),
     "perplexity": ("Perplexity", +1),
     "fd_effnet": ("FD-EfficientNet", -1),
+    "perceptual_vgg": ("LPIPS (VGG)", -1),
+    "perceptual_effnet": ("EfficientNet distance", -1),
 }
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from codalib.data import ImageDataset, evaluation_batches, training_batches
 from codalib.discriminator import build_discriminator, frozen, real_and_fake
+from codalib.evaluate import measure
 from codalib.loop import Loop, LoopSettings, make_accelerator
 from codalib.losses import (
     LossWeights,
@@ -26,7 +28,7 @@ from codalib.losses import (
 from codalib.metrics import ReconstructionMetrics, psnr
 from codalib.quantize import ResidualQuantizer, quantizer_from_config
 from codalib.tokenizer import CodaTokenizer
-from codalib.vae import ADAPTED_LAYERS, ContinuousVAE, add_adapters, last_decoder_adapter
+from codalib.vae import ADAPTED_LAYERS, ContinuousVAE, add_adapters, last_decoder_adapter, load_vae
 
 INITIAL_LOGVAR = -6.0  # of the posterior: sampling noise far below the latents' spread, so that early steps learn
 
@@ -302,6 +304,7 @@ def train_tokenizer(
     """
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator(settings.precision)
+    val.check_share(accelerator.num_processes)
     fresh = settings.build_quantizer(vae.latent_channels)
     if quantizer is not None:
         if quantizer.config() != fresh.config():
@@ -394,7 +397,16 @@ def train_tokenizer(
 
     def evaluate() -> dict[str, float]:
         measures = ReconstructionMetrics(settings.codebook_size, len(settings.scales), frechet=None)
-        values = evaluate_reconstruction(tokenizer, val, measures, settings.batch_size, settings.seed)
+        share = accelerator.process_index, accelerator.num_processes
+        values = measure(
+            tokenizer,
+            val,
+            measures.to(accelerator.device),
+            settings.batch_size,
+            settings.seed,
+            *share,
+            settings.workers,
+        )
         return {f"val_{name}": values[name] for name in ("psnr", "quantization_error", "utilization")}
 
     loop.run(batches, train_step, evaluate, "tokenizer")
@@ -402,30 +414,20 @@ def train_tokenizer(
     return tokenizer.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def evaluate_reconstruction(
-    model: CodaTokenizer | ContinuousVAE,
-    dataset: ImageDataset,
-    measures: ReconstructionMetrics,
-    batch_size: int = 64,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-) -> dict[str, float]:
-    """Measure a tokenizer's or a continuous VAE's reconstructions of every image of a data set, once.
-
-    The posterior is sampled with a generator of `seed`, as the release does without one. Returns `measures.compute()`.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    for batch in evaluation_batches(dataset, batch_size, rank, world):
-        images = batch["image"].to(device)
-        if isinstance(model, ContinuousVAE):
-            measures.update(images, model(images, generator=generator))
-        else:
-            out = model(images, generator=generator)
-            measures.update(images, out.reconstruction, out.latents, out.quantized, out.indices)
-    return measures.compute()
+def train_and_save(
+    settings: TokenizerSettings,
+    base: str | Path,
+    train: ImageDataset,
+    val: ImageDataset,
+    folder: str | Path,
+    quantizer: ResidualQuantizer | None = None,
+) -> None:
+    """`train_tokenizer` of the VAE that `load_vae` takes for BASE, saved as FOLDER/tokenizer; for `codalib.launch`."""
+    tokenizer = train_tokenizer(settings, load_vae(base), train, val, folder, quantizer)
+    state = PartialState()
+    if state.is_main_process:
+        tokenizer.save_pretrained(Path(folder) / "tokenizer", base=base)
+    state.wait_for_everyone()
 
 
 def _checksum(*tensors: Tensor) -> str:

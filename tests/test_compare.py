@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from codalib.compare import beside_paper, clock, judge, label, markdown_table, number, readable, size
-from codalib.paper import TABLE_1
+from codalib.paper import TABLE_1, TABLE_2
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,24 @@ def test_each_measure_stands_beside_the_papers():
     assert frame.loc[0, "paper_psnr"] == 18.9
     assert frame.loc[0, "paper_rfid"] == 41.52
     assert frame.loc[1, ["paper_psnr", "fd_effnet"]].isna().all()
+
+
+def test_ours_stand_among_all_rows_of_the_paper():
+    rows = [
+        {"method": "ours", "psnr": 1.0, "ratio": 8},
+        {"method": "CODA MAR 16384, released weights", "psnr": 2.0, "ratio": 16},
+        {"method": "MAR VAE", "psnr": 3.0},
+    ]
+    frame = beside_paper(rows, TABLE_2, {"ratio": "ratio", "psnr": "psnr", "iterations": "iterations"}, whole=True)
+    assert list(frame.columns) == ["method", "ratio", "psnr", "paper_psnr", "iterations"]
+    assert len(frame) == len(TABLE_2.rows) + 2
+    methods = list(frame["method"])
+    place = methods.index("CODA MAR 16384")
+    assert methods[place + 1] == "CODA MAR 16384, released weights"
+    assert methods[-1] == "ours"
+    assert frame.loc[place + 1, ["ratio", "psnr", "paper_psnr", "iterations"]].tolist() == [16, 2.0, 22.0, 50_000]
+    assert frame.set_index("method").loc["MAR VAE", ["ratio", "psnr", "paper_psnr"]].tolist() == [16, 3.0, 24.9]
+    assert math.isnan(frame.loc[place, "psnr"])
 
 
 def test_labels_tell_the_papers_columns_apart():

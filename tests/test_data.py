@@ -111,3 +111,14 @@ def test_bad_sources_are_one_sentence(tmp_path):
     (tmp_path / "images" / "val" / "cow").mkdir()
     with pytest.raises(DataError, match="cow"):
         load_dataset(name, "train", 16)
+
+
+def test_an_environment_variable_in_the_path_is_filled_in(tmp_path, monkeypatch):
+    folder_of_images(tmp_path)
+    monkeypatch.setenv("PICTURES", str(tmp_path))
+    assert len(load_dataset("imagefolder:$PICTURES", "val", 16)) == 6
+    monkeypatch.delenv("PICTURES")
+    with pytest.raises(DataError, match=r"\$PICTURES names an environment variable that is not set"):
+        load_dataset("imagefolder:$PICTURES", "val", 16)
+    with pytest.raises(DataError, match=r"6 images of .* for 7 processes"):
+        load_dataset(f"imagefolder:{tmp_path}", "val", 16).check_share(7)

@@ -2,14 +2,22 @@
 
 import socket
 
+import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
+from codalib.data import load_dataset
+from codalib.evaluate import measure
+from codalib.launch import launch
+from codalib.loop import read_log
+from codalib.metrics import ReconstructionMetrics
 from codalib.quantize import ResidualAttentionQuantizer
 from codalib.tokenizer import CodaTokenizer
+from codalib.train import TokenizerSettings, train_and_save, train_tokenizer
 from codalib.vae import add_adapters, load_vae
 
 
@@ -53,3 +61,29 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     assert any("encoder" in name and value.abs().max() > 0 for name, value in whole.items())
     for name, value in whole.items():
         assert torch.allclose(shared[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item()), name
+
+
+SCALES = (1, 2, 4, 8)
+
+
+def train(settings, train, val, folder):
+    train_and_save(settings, "emoji", train, val, folder)
+    # Again: nothing is left to train, each process takes up the last checkpoint.
+    state = train_tokenizer(settings, load_vae("emoji"), train, val, folder).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / f"{PartialState().process_index}")
+
+
+def test_two_processes_train_and_evaluate_one_tokenizer(tmp_path):
+    settings = TokenizerSettings(steps=2, batch_size=2, codebook_size=32, scales=SCALES, rank=2, log_every=1)
+    val = load_dataset("emoji", "val", 64, limit=5)
+    launch(train, 2, settings, load_dataset("emoji", "train", 64, limit=8), val, tmp_path)
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {"perceptual_effnet", "adversarial", "discriminator", "entropy"} <= rows[0].keys()
+    first, second = load_file(tmp_path / "0"), load_file(tmp_path / "1")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    tokenizer = CodaTokenizer.from_pretrained(tmp_path / "tokenizer")
+    values = measure(tokenizer, val, ReconstructionMetrics(32, len(SCALES), frechet=None))
+    for name in ("psnr", "quantization_error", "utilization"):
+        assert rows[-1][f"val_{name}"] == pytest.approx(values[name], rel=1e-4)

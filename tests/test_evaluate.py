@@ -11,6 +11,7 @@ from codalib.evaluate import (
     evaluate_models,
     find_model,
     measured_file,
+    present_models,
     read_measured,
 )
 from codalib.launch import launch
@@ -104,6 +105,20 @@ def test_every_odd_picture_of_a_thousand_classes_is_measured(tmp_path):
     rows, _ = read_measured(settings, TOKENIZERS, tmp_path / "out")
     assert rows[0]["images"] == 99
     assert np.isfinite(rows[0]["psnr"])
+
+
+def test_models_that_are_not_here_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_WEIGHTS", str(tmp_path))
+    (tmp_path / "coda" / "mar").mkdir(parents=True)
+    here, absent = present_models({"a": "coda/mar", "b": "coda/flux"})
+    assert here == {"a": "coda/mar"}
+    assert absent == {"b": "coda/flux"}
+
+
+def test_a_folder_named_as_an_embedded_model_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    (tmp_path / "emoji").mkdir()
+    assert find_model("emoji") == "emoji"
 
 
 def test_wrong_models_are_one_sentence():

@@ -32,7 +32,7 @@ def test_one_process_is_this_one():
 
 
 def test_an_error_in_a_process_is_raised_here():
-    with pytest.raises(Exception, match="the work itself failed"):
+    with pytest.raises(RuntimeError, match=r"process \d of 2 stopped: RuntimeError: the work itself failed"):
         launch(fail, 2)
     with pytest.raises(ValueError, match="processes is 0"):
         launch(fail, 0)

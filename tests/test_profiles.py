@@ -13,7 +13,8 @@ import pytest
 import yaml
 from nbformat import v4
 
-from codalib.execute import declared_parameters, profile_section
+from codalib.execute import STAGES as STAGES_KEY
+from codalib.execute import StageError, declared_parameters, profile_section, profile_stages
 from codalib.runs import validate
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def sections(path):
-    return yaml.safe_load(path.read_text()) or {}
+    contents = yaml.safe_load(path.read_text()) or {}
+    return {name: section for name, section in contents.items() if name != STAGES_KEY}
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
@@ -38,6 +40,25 @@ def test_every_key_has_a_comment(path):
     for line in path.read_text().splitlines():
         if re.match(r"  \w", line):
             assert re.search(r"  # \S", line), line
+
+
+def test_a_profile_runs_the_stages_that_it_names(tmp_path, monkeypatch):
+    needs = {"a": [], "b": ["a"], "c": []}
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "profiles").mkdir()
+    monkeypatch.setattr("codalib.execute.project_folder", lambda: tmp_path)
+    profile = tmp_path / "profiles" / "p.yaml"
+
+    def stages(text):
+        profile.write_text(text)
+        return profile_stages("p", needs)
+
+    assert stages("") == ["a", "b", "c"]
+    assert stages("stages: [c, a]") == ["a", "c"]
+    with pytest.raises(StageError, match=r"names d, expected some of a, b, c"):
+        stages("stages: [d]")
+    with pytest.raises(StageError, match=r"b needs a: add it to stages"):
+        stages("stages: [b]")
 
 
 def test_smoke_changes_nothing():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from codalib.data import load_dataset
+from codalib.evaluate import measure
 from codalib.loop import LoopSettings, learning_rate_factor, read_log
 from codalib.losses import NonFiniteLoss
 from codalib.metrics import ReconstructionMetrics
@@ -13,7 +14,6 @@ from codalib.train import (
     QuantizerSettings,
     TokenizerSettings,
     encode_images,
-    evaluate_reconstruction,
     fit_quantizer,
     pretrain_vae,
     train_tokenizer,
@@ -127,10 +127,8 @@ def test_fitting_a_quantizer_lowers_its_error(vae, images, tmp_path):
 
 def test_evaluation_gives_every_measure(trained, images):
     measures = ReconstructionMetrics(32, len(SCALES), frechet=None)
-    values = evaluate_reconstruction(trained[0], images[1], measures)
-    assert values == evaluate_reconstruction(
-        trained[0], images[1], ReconstructionMetrics(32, len(SCALES), frechet=None)
-    )
+    values = measure(trained[0], images[1], measures)
+    assert values == measure(trained[0], images[1], ReconstructionMetrics(32, len(SCALES), frechet=None))
     assert {"psnr", "ssim", "quantization_error", "utilization", "utilization_level_4"} <= values.keys()
 
 
@@ -154,3 +152,13 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     assert rates[2:] == sorted(rates[2:], reverse=True)
     with pytest.raises(ValueError, match="steps is 0"):
         LoopSettings(steps=0, batch_size=1)
+
+
+def test_the_average_begins_where_it_is_told(vae, images, tmp_path):
+    latents = encode_images(vae, images[0], 8, batch_size=4)
+    settings = QuantizerSettings(steps=4, batch_size=4, codebook_size=8, scales=SCALES, ema=0.9)
+    averaged = fit_quantizer(settings, latents, tmp_path / "a").state_dict()
+    late = fit_quantizer(dataclasses.replace(settings, ema_start=4), latents, tmp_path / "b").state_dict()
+    plain = fit_quantizer(dataclasses.replace(settings, ema=0.0), latents, tmp_path / "c").state_dict()
+    assert all(torch.equal(late[name], value) for name, value in plain.items())
+    assert not all(torch.equal(averaged[name], value) for name, value in plain.items())
