@@ -1,5 +1,6 @@
 """Profiles, notebooks and the order of the runs agree."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,9 @@ from nbformat import v4
 
 from codalib.execute import STAGES as STAGES_KEY
 from codalib.execute import StageError, declared_parameters, profile_section, profile_stages
+from codalib.paper import TABLE_2
 from codalib.runs import validate
+from codalib.train import TokenizerSettings
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
@@ -59,6 +62,38 @@ def test_a_profile_runs_the_stages_that_it_names(tmp_path, monkeypatch):
         stages("stages: [d]")
     with pytest.raises(StageError, match=r"b needs a: add it to stages"):
         stages("stages: [b]")
+
+
+IMAGENET = [path for path in PROFILES if path.stem.startswith("imagenet-")]
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
+def test_the_papers_profiles_have_the_papers_batch_and_length(path):
+    values = sections(path)["01_train_tokenizer"]
+    batch = values["batch_size"] * values["processes"] * values["accumulation"]
+    assert batch == 512
+    assert values["steps"] == 10 * (1_281_167 // batch)
+    row = next(row for row in sections(path)["table2_reconstruction"]["tokenizers"])
+    assert TABLE_2[row].codebook_size == values["codebook_size"]
+    assert TABLE_2[row].iterations == pytest.approx(values["steps"] * batch / 256, rel=1e-2)
+    side = {"kl16": 16, "flux": 8}[values["vae"]]
+    assert values["scales"][-1] == values["resolution"] // side
+    assert TABLE_2[row].ratio == side
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
+def test_the_papers_profiles_state_every_value_and_agree_with_the_defaults_of_the_library(path):
+    """Each default of `TokenizerSettings` is the release's for MAR; a profile repeats it, with its source."""
+    values = sections(path)["01_train_tokenizer"]
+    free = {"steps", "batch_size", "accumulation", "workers", "precision", "evaluate_every", "checkpoint_every"}
+    free |= {"log_every", "seed", "ema_start", "backend", "warmup_steps", "final_learning_rate", "codebook_size"}
+    free |= {"perceptual_network", "discriminator_network"}
+    if values["vae"] != "kl16":
+        free |= {"scales", "adapted_layers"}
+    for field in dataclasses.fields(TokenizerSettings):
+        if field.name not in free:
+            stated = values[field.name]
+            assert (tuple(stated) if isinstance(stated, list) else stated) == field.default, field.name
 
 
 def test_smoke_changes_nothing():
