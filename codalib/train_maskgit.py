@@ -1,0 +1,226 @@
+"""The generator's training stage: MaskGIT on cached tokens, by class or by caption (Eq. 12 of arXiv:2503.17760)."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codalib.loop import Loop, LoopSettings, make_accelerator
+from codalib.maskgit import MASK_RATIOS, PRESETS, Condition, MaskGIT, sample_mask
+from codalib.sample import sample_generators
+from codalib.text import CaptionTable, TextEncoder
+from codalib.tokens import TokenCache
+
+log = logging.getLogger(__name__)
+
+CONDITIONS = ("class", "text", "none")
+SCORED_ROWS = 16_384  # hidden tokens whose logits are held at once in validation
+
+
+@dataclass(frozen=True)
+class MaskGITSettings(LoopSettings):
+    """Settings of `train_maskgit`: the paper's (section 5.1), and MaskGIT's where the paper is silent."""
+
+    steps: int = 500_000
+    batch_size: int = 256  # on 8 processes the paper's 2,048 a step
+    learning_rate: float = 4e-4
+    warmup_steps: int = 5000  # the paper names none; a transformer without one diverges at this rate
+    betas: tuple[float, float] = (0.9, 0.96)
+    weight_decay: float = 0.045  # of matrices; none on embeddings, norms and biases
+    clip: float = 1.0
+    ema: float = 0.9999
+    preset: str = "L"  # "L" (the paper's), "S" or "XS"
+    width: int | None = None  # None: the preset's
+    depth: int | None = None  # layers; None: the preset's
+    heads: int | None = None  # None: the preset's
+    condition: str = "class"  # "class", "text" or "none"
+    level_positions: bool = True  # position embeddings of each level's own; False: one set (ablation)
+    code_embeddings: bool = False  # the tokenizer's code values join the learned embeddings
+    mask_ratio: str = "cosine"  # how the share of hidden tokens is drawn: "cosine" or "beta" (12, 3)
+    coarse_first: float = 0.0  # share of masks whose visible tokens fill the levels coarse to fine
+    label_smoothing: float = 0.1
+    dropout: float = 0.1
+    condition_dropout: float = 0.1  # share of samples that do not see their condition, for guidance
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.condition not in CONDITIONS:
+            raise ValueError(f"condition is {self.condition!r}, expected one of {', '.join(CONDITIONS)}")
+        if self.preset not in PRESETS or self.mask_ratio not in MASK_RATIOS:
+            raise ValueError(
+                f"preset {self.preset!r} and mask_ratio {self.mask_ratio!r} got, expected one of {', '.join(PRESETS)} "
+                f"and one of {', '.join(MASK_RATIOS)}"
+            )
+        for name in ("label_smoothing", "dropout", "condition_dropout", "coarse_first"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+
+    def build_model(self, cache: TokenCache, text_dim: int | None = None) -> MaskGIT:
+        """A fresh model of these settings for a cache's tokens."""
+        size = {"width": self.width, "depth": self.depth, "heads": self.heads}
+        return MaskGIT.preset(
+            self.preset,
+            cache.codebook_size,
+            cache.scales,
+            num_classes=len(cache.classes) if self.condition == "class" else None,
+            text_dim=text_dim if self.condition == "text" else None,
+            dropout=self.dropout,
+            level_positions=self.level_positions,
+            code_values=cache.code_values if self.code_embeddings else None,
+            **{name: value for name, value in size.items() if value is not None},
+        )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for the linear layers' matrices alone."""
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if name in matrices], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
+    ]
+
+
+def train_maskgit(
+    settings: MaskGITSettings,
+    train: TokenCache,
+    val: TokenCache,
+    folder: str | Path,
+    encoder: TextEncoder | None = None,
+    start: MaskGIT | None = None,
+) -> MaskGIT:
+    """Train a generator on cached tokens, resuming what `folder` holds, and return it with averaged weights, frozen.
+
+    Logs `loss` (with label smoothing) and at every evaluation what `validate` measures. Every process takes its share
+    of a step and of the validation; the processes' losses are averaged as they are, though each hides another number
+    of tokens.
+
+    Args:
+        train, val: of one tokenizer; `val` gives the validation loss alone.
+        encoder: the captions', with `condition="text"`; frozen, on the device that is to encode.
+        start: go on from this model's weights; of the settings' size.
+    Raises:
+        ValueError: caches of two tokenizers, or no encoder for text.
+        NonFiniteLoss: the loss is not finite.
+    """
+    if train.tokenizer != val.tokenizer:
+        raise ValueError(
+            f"the training tokens are of the tokenizer {train.tokenizer} and the validation tokens of {val.tokenizer}, "
+            "expected the same: encode both with one"
+        )
+    if (settings.condition == "text") != (encoder is not None):
+        raise ValueError(
+            f"condition is {settings.condition!r} and {'no' if encoder is None else 'a'} text encoder is given, "
+            "expected an encoder with 'text' and only then"
+        )
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator(settings.precision)
+    model = settings.build_model(train, None if encoder is None else encoder.dim)
+    if start is not None:
+        if start.config() != model.config():
+            raise ValueError(f"the given model is {start.config()}, the settings ask for {model.config()}")
+        model.load_state_dict(start.state_dict())
+    model.info = {
+        "tokenizer": train.tokenizer,
+        "classes": train.classes,
+        "dataset": train.manifest["dataset"],
+        "text_encoder": None if encoder is None else encoder.name,
+    }
+    model.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), settings.learning_rate, settings.betas
+    )
+    captions = None
+    if encoder is not None:
+        captions = CaptionTable(encoder, {*train.captions, *val.captions})
+    parallel = accelerator.prepare(model)
+    loop = Loop(
+        settings,
+        folder,
+        accelerator,
+        model,
+        {"generator": optimizer},
+        tokens=[train.fingerprint, val.fingerprint],
+        encoder=None if encoder is None else encoder.name,
+        start=None if start is None else [float(p.double().abs().sum()) for p in start.parameters()],
+    )
+
+    def condition_of(batch: dict[str, Any]) -> Condition:
+        return condition_from(settings.condition, batch["label"], batch["caption"], captions, accelerator.device)
+
+    def batches(first: int):
+        return train.batches(
+            settings.batch_size, settings.seed, first, accelerator.process_index, accelerator.num_processes
+        )
+
+    def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
+        for i, batch in enumerate(micro_batches):
+            tokens = batch["tokens"].to(accelerator.device)
+            mask = sample_mask(len(tokens), model.scales, settings.mask_ratio, settings.coarse_first).to(tokens.device)
+            dropped = (torch.rand(len(tokens)) < settings.condition_dropout).to(tokens.device)
+            with accelerator.autocast():
+                loss = parallel(tokens, mask, condition_of(batch), dropped, settings.label_smoothing)
+            loop.update(loss, {"loss": loss}, "generator", list(model.parameters()), i == len(micro_batches) - 1)
+        return {"loss": loss.detach()}
+
+    def evaluate() -> dict[str, float]:
+        share = accelerator.process_index, accelerator.num_processes
+        model.eval()
+        with accelerator.autocast():
+            sums = validation_sums(model, val, condition_of, settings.batch_size, settings.seed, *share)
+        model.train()
+        return measures_from(accelerator.reduce(sums.to(accelerator.device), "sum").cpu())
+
+    loop.run(batches, train_step, evaluate, "MaskGIT")
+    loop.load_averaged()
+    return model.eval().requires_grad_(False)
+
+
+def condition_from(
+    kind: str, labels: Tensor, captions: list[str], table: CaptionTable | None, device: torch.device
+) -> Condition:
+    """The condition of some images as the model takes it: their labels, their captions' embeddings, or None."""
+    if kind == "class":
+        return labels.to(device)
+    return None if kind == "none" else table.condition(captions, device)
+
+
+@torch.no_grad()
+def validation_sums(
+    model: MaskGIT, cache: TokenCache, condition_of, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
+) -> Tensor:
+    """Sums over a cache's first view that `measures_from` turns into measures: (levels, 3) float64, on the CPU.
+
+    For each level: the cross-entropy (nats, without label smoothing), how many tokens are right, how many were hidden.
+    Which tokens of an image are hidden (cosine) depends on the seed and the image alone. Process `rank` of `world`
+    takes every world-th row.
+    """
+    device = model.positions.device
+    sums = torch.zeros(len(model.scales), 3, dtype=torch.float64)
+    rows = [int(row) for row in (cache.view == 0).nonzero()[0]][rank::world]
+    for begin in range(0, len(rows), batch_size):
+        batch = cache.batch(rows[begin : begin + batch_size])
+        masks = [
+            sample_mask(1, model.scales, generator=own) for own in sample_generators(seed, batch["index"].tolist())
+        ]
+        tokens, mask = batch["tokens"].to(device), torch.cat(masks).to(device)
+        hidden = model.hidden(tokens.masked_fill(mask, model.mask_token), condition_of(batch))[mask]  # (M, D)
+        targets, levels = tokens[mask], model.token_levels.expand_as(tokens)[mask]
+        for part in torch.arange(len(targets), device=device).split(max(1, SCORED_ROWS)):
+            logits = model.logits(hidden[part]).float()  # (M, K)
+            loss = nn.functional.cross_entropy(logits, targets[part], reduction="none")
+            scores = torch.stack([loss, (logits.argmax(dim=1) == targets[part]).float(), torch.ones_like(loss)], dim=1)
+            sums.index_add_(0, levels[part].cpu(), scores.double().cpu())
+    return sums
+
+
+def measures_from(sums: Tensor) -> dict[str, float]:
+    """`val_loss` (nats a hidden token), `val_accuracy`, and both `_level_1`, ... for the levels that hid a token."""
+    loss, right, hidden = sums.sum(0).tolist()
+    measures = {"val_loss": loss / hidden, "val_accuracy": right / hidden}
+    for name, column in (("val_loss", 0), ("val_accuracy", 1)):
+        measures |= {f"{name}_level_{i + 1}": (row[column] / row[2]).item() for i, row in enumerate(sums) if row[2] > 0}
+    return measures
