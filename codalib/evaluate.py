@@ -20,7 +20,7 @@ from codalib.losses import build_perceptual
 from codalib.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
 from codalib.released import open_tokenizer
 from codalib.runs import read_json, runs_folder, write_json
-from codalib.tokenizer import CodaTokenizer
+from codalib.tokenizer import EMBEDDED_TOKENIZERS, CodaTokenizer
 from codalib.vae import PUBLISHED_VAES, ContinuousVAE, load_vae
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,8 @@ class EvaluationSettings:
 
 
 def find_model(name: str) -> str:
-    """Where a model of a profile lies: a name that `load_vae` knows, below runs/ or the weights folder, or NAME."""
-    if name == "emoji" or name in PUBLISHED_VAES:
+    """Where a model of a profile lies: the name of a known one, below runs/ or the weights folder, or NAME itself."""
+    if name in PUBLISHED_VAES or name in EMBEDDED_TOKENIZERS:  # the embedded VAE is "emoji" too
         return name
     for place in (runs_folder(name), weights_folder() / name):
         if place.exists():
@@ -69,7 +69,7 @@ def check_models(vaes: Mapping[str, str], tokenizers: Mapping[str, str]) -> None
     if not vaes and not tokenizers:
         raise ValueError("no model is given to measure: name a VAE or a tokenizer")
     for name, path in tokenizers.items():
-        if path != "emoji" and not Path(find_model(path)).expanduser().exists():
+        if path not in EMBEDDED_TOKENIZERS and not Path(find_model(path)).expanduser().exists():
             places = f"{runs_folder()}, {weights_folder()} and as a path"
             raise ValueError(f"the tokenizer of {name!r} is not here: looked for {path} in {places}")
 
@@ -127,7 +127,7 @@ def read_measured(
 
 def measured_file(folder: str | Path, name: str, path: str, settings: EvaluationSettings) -> Path:
     """Where a model's result lies; the name changes with everything that decides the numbers."""
-    place = Path(find_model(path)).expanduser()
+    place = EMBEDDED_TOKENIZERS.get(path, Path(find_model(path))).expanduser()
     stamps = sorted((file.name, file.stat().st_mtime_ns) for file in place.rglob("*")) if place.is_dir() else []
     outer = {"batch_size", "workers"}
     inputs = {key: value for key, value in asdict(settings).items() if key not in outer}

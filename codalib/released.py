@@ -30,7 +30,7 @@ from codalib.layouts import (
 )
 from codalib.quantize import FLUX_SCALES, MAR_SCALES, ResidualAttentionQuantizer
 from codalib.runs import atomic_write
-from codalib.tokenizer import CONFIG, CodaTokenizer
+from codalib.tokenizer import CONFIG, EMBEDDED_TOKENIZERS, CodaTokenizer
 from codalib.vae import ADAPTED_LAYERS, ContinuousVAE, adapted_convolutions, add_adapters, load_vae, without_adapters
 
 log = logging.getLogger(__name__)
@@ -226,9 +226,12 @@ def load_tokenizer(
 
 
 def open_tokenizer(folder: str | Path, backend: str = "auto") -> CodaTokenizer:
-    """A tokenizer by name or folder: "emoji", a folder of ours (`save_pretrained`) or one of the release."""
-    if folder == "emoji" or (Path(folder).expanduser() / CONFIG).exists():
-        return CodaTokenizer.from_pretrained(folder if folder == "emoji" else Path(folder).expanduser(), None, backend)
+    """A tokenizer by name or folder: an embedded one, a folder of ours (`save_pretrained`) or one of the release."""
+    if str(folder) in EMBEDDED_TOKENIZERS:
+        return CodaTokenizer.from_pretrained(folder, None, backend)
+    folder = Path(folder).expanduser()
+    if (folder / CONFIG).exists():
+        return CodaTokenizer.from_pretrained(folder, None, backend)
     return load_tokenizer(folder, backend=backend)
 
 

@@ -13,7 +13,11 @@ from codalib.quantize import ResidualQuantizer, quantizer_from_config
 from codalib.runs import write_json
 from codalib.vae import ADAPTER_CONFIG, ContinuousVAE, load_adapters, load_vae, save_adapters
 
-EMOJI_TOKENIZER = Path(__file__).parent.parent / "data" / "tokenizer-emoji"
+DATA = Path(__file__).parent.parent / "data"
+EMBEDDED_TOKENIZERS = {  # name -> folder
+    "emoji": DATA / "tokenizer-emoji",  # 332 tokens an image
+    "emoji-small": DATA / "tokenizer-emoji-small",  # 149 tokens, for generators that are trained on a processor
+}
 CONFIG, QUANTIZER_WEIGHTS = "config.json", "quantizer.safetensors"
 
 
@@ -118,13 +122,13 @@ class CodaTokenizer(nn.Module):
         """Load a folder written by `save_pretrained`, frozen and in evaluation mode.
 
         Args:
-            folder: the tokenizer's, or "emoji" for the embedded one.
+            folder: the tokenizer's, or the name of an embedded one, "emoji" or "emoji-small".
             vae: another place of the base VAE than the one that was saved.
             backend: the quantizer's (see `codalib.assign`).
         Raises:
             ValueError: no tokenizer there, or parts that do not fit; the message says which.
         """
-        folder = EMOJI_TOKENIZER if folder == "emoji" else Path(folder)
+        folder = EMBEDDED_TOKENIZERS.get(str(folder), Path(folder))
         if not (folder / CONFIG).exists():
             raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by CodaTokenizer.save_pretrained")
         config = json.loads((folder / CONFIG).read_text())

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from codalib.loop import Loop, LoopSettings, make_accelerator
 from codalib.maskgit import MASK_RATIOS, PRESETS, Condition, MaskGIT, sample_mask
 from codalib.sample import sample_generators
-from codalib.text import CaptionTable, TextEncoder
+from codalib.text import CaptionTable, TextEncoder, build_text_encoder
 from codalib.tokens import TokenCache
 
 log = logging.getLogger(__name__)
@@ -177,6 +178,26 @@ def train_maskgit(
     loop.run(batches, train_step, evaluate, "MaskGIT")
     loop.load_averaged()
     return model.eval().requires_grad_(False)
+
+
+def train_and_save(
+    settings: MaskGITSettings,
+    train: str | Path,
+    val: str | Path,
+    folder: str | Path,
+    encoder: str | None = None,
+    dtype: str = "float16",
+) -> None:
+    """`train_maskgit` on the caches TRAIN and VAL, saved as FOLDER/generator; for `codalib.launch.launch`.
+
+    `encoder` is what `codalib.text.build_text_encoder` takes, `dtype` how the weights are stored.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    text = None if encoder is None else build_text_encoder(encoder).to(state.device)
+    model = train_maskgit(settings, TokenCache.open(train), TokenCache.open(val), folder, text)
+    if state.is_main_process:
+        model.save_pretrained(Path(folder) / "generator", dtype)
+    state.wait_for_everyone()
 
 
 def condition_from(
