@@ -31,6 +31,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(assign, "LINEAR_LEAST_TOKENS", 3)
     monkeypatch.setattr(assign, "TILE_ELEMENTS", {"cpu": 60})
     monkeypatch.setattr(assign, "ARGMAX_BLOCK", 8)
+    monkeypatch.setattr(assign, "ARGMAX_LEAST_TOKENS", 2)  # tiles of codes from 31 codes on
+    monkeypatch.setattr(assign, "ARGMAX_TILE_BLOCKS", 2)
 
 
 def problem(tokens, codes, width=6, channels=3, seed=0, dtype=torch.float64, spread=1.0):
@@ -141,10 +143,11 @@ def test_of_tied_codes_the_lowest_index_wins(backend):
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(tokens=st.integers(1, 6), codes=st.integers(1, 70), levels=st.integers(1, 4), seed=st.integers(0, 10**6))
-def test_row_argmax_is_the_first_largest(tokens, codes, levels, seed):
+def test_argmax_in_blocks_and_over_tiles_of_codes_is_the_first_largest(tokens, codes, levels, seed):
     logits = torch.randint(levels, (tokens, codes), generator=torch.Generator().manual_seed(seed)).float()
     first = [row.index(max(row)) for row in logits.tolist()]
     assert assign._row_argmax(logits).tolist() == first
+    assert assign._argmax_over_code_tiles(torch.eye(tokens), logits.T.contiguous()).tolist() == first
 
 
 @pytest.mark.parametrize("backend", TILED)
@@ -252,9 +255,11 @@ def test_what_cannot_run_raises_one_clear_sentence(monkeypatch):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_linear_cross_entropy_is_torchs_own(label_smoothing, with_bias):
-    hidden, weight, _ = problem(25, 37, width=8)
-    bias = torch.randn(37, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) if with_bias else None
-    targets = torch.randint(37, (25,), generator=torch.Generator().manual_seed(2))
+    def problem_of(tokens, codes, width):
+        hidden, weight, _ = problem(tokens, codes, width)
+        bias = torch.randn(codes, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        targets = torch.randint(codes, (tokens,), generator=torch.Generator().manual_seed(2))
+        return targets, [x.requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
 
     def ours(hidden, weight, bias=None):
         return linear_cross_entropy(hidden, weight, targets, bias, label_smoothing)
@@ -262,11 +267,12 @@ def test_linear_cross_entropy_is_torchs_own(label_smoothing, with_bias):
     def theirs(hidden, weight, bias=None):
         return F.cross_entropy(F.linear(hidden, weight, bias), targets, label_smoothing=label_smoothing)
 
-    inputs = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    targets, inputs = problem_of(25, 37, 8)
     torch.testing.assert_close(ours(*inputs), theirs(*inputs))
     gradients = zip(*(torch.autograd.grad(3 * f(*inputs), inputs) for f in (ours, theirs)), strict=True)
     for a, b in gradients:
         torch.testing.assert_close(a, b)
+    targets, inputs = problem_of(7, 9, 2)
     assert torch.autograd.gradcheck(ours, inputs)
 
 
