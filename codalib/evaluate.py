@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from codalib.data import ImageDataset, evaluation_batches, load_dataset
 from codalib.features import weights_folder
 from codalib.losses import build_perceptual
+from codalib.maskgit import EMBEDDED_GENERATORS
 from codalib.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
 from codalib.released import open_tokenizer
 from codalib.runs import read_json, runs_folder, write_json
@@ -48,7 +49,7 @@ class EvaluationSettings:
 
 def find_model(name: str) -> str:
     """Where a model of a profile lies: the name of a known one, below runs/ or the weights folder, or NAME itself."""
-    if name in PUBLISHED_VAES or name in EMBEDDED_TOKENIZERS:  # the embedded VAE is "emoji" too
+    if name in {*PUBLISHED_VAES, *EMBEDDED_TOKENIZERS, *EMBEDDED_GENERATORS}:  # the embedded VAE is "emoji" too
         return name
     for place in (runs_folder(name), weights_folder() / name):
         if place.exists():

@@ -139,18 +139,21 @@ class ResidualQuantizer(nn.Module):
                 indices.append(chosen.view(-1, p, p))
         return indices
 
-    def decode(self, indices: Sequence[Tensor], levels: int | None = None) -> Tensor:
+    def decode(self, indices: Sequence[Tensor], levels: int | None = None, partial: bool = False) -> Tensor:
         """Indices -> latents (B, C, H, W); `levels=k` sums the first k levels alone.
 
-        Takes one (B, p, p) integer tensor a level, as `encode` gives them; the first k suffice with `levels=k`.
+        Takes one (B, p, p) integer tensor a level, as `encode` gives them; the first k suffice with `levels=k`. With
+        `partial` an index of -1 is a token that is not known: it adds nothing.
         Raises ValueError on a wrong number of levels, a wrong shape, or an index outside [0, K).
         """
-        indices = self._checked_indices(indices, levels)
+        indices = self._checked_indices(indices, levels, lowest=-1 if partial else 0)
         with torch.autocast(indices[0].device.type, enabled=False):
             _, values = self._project_codes()
             quantized = values.new_zeros(len(indices[0]), self.latent_channels, self.scales[-1], self.scales[-1])
             for level, p in zip(indices, self.scales, strict=False):
-                quantized = quantized + self._upsample(values[level.flatten()], p)
+                codes = level.flatten()
+                added = values[codes.clamp(min=0)].masked_fill((codes < 0)[:, None], 0) if partial else values[codes]
+                quantized = quantized + self._upsample(added, p)
         return quantized
 
     @torch.no_grad()
@@ -210,7 +213,7 @@ class ResidualQuantizer(nn.Module):
             )
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
-    def _checked_indices(self, indices: Sequence[Tensor], levels: int | None) -> list[Tensor]:
+    def _checked_indices(self, indices: Sequence[Tensor], levels: int | None, lowest: int = 0) -> list[Tensor]:
         count = len(self.scales) if levels is None else levels
         if not 1 <= count <= len(self.scales):
             raise ValueError(f"levels={levels} got, expected 1 to {len(self.scales)}, the number of scales")
@@ -233,10 +236,10 @@ class ResidualQuantizer(nn.Module):
                     f"shape (B, {p}, {p}) with one B for all levels"
                 )
             low, high = level.min().item(), level.max().item()
-            if low < 0 or high >= self.codebook_size:
+            if low < lowest or high >= self.codebook_size:
                 raise ValueError(
-                    f"indices of level {number} lie in [{low}, {high}], expected [0, {self.codebook_size - 1}]: they "
-                    "were made with another codebook, or hold a mask token"
+                    f"indices of level {number} lie in [{low}, {high}], expected [{lowest}, {self.codebook_size - 1}]: "
+                    "they were made with another codebook, or hold a mask token"
                 )
         return [level.long() for level in indices]
 

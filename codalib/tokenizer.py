@@ -83,9 +83,12 @@ class CodaTokenizer(nn.Module):
         return self.quantizer.encode(self.vae.encode(self._checked(images), sample, generator))
 
     @torch.no_grad()
-    def decode(self, indices: list[Tensor], levels: int | None = None) -> Tensor:
-        """Indices -> images (B, 3, h, w) in about [-1, 1]; `levels=k` decodes the first k levels alone."""
-        return self.vae.decode(self.quantizer.decode(indices, levels))
+    def decode(self, indices: list[Tensor], levels: int | None = None, partial: bool = False) -> Tensor:
+        """Indices -> images (B, 3, h, w) in about [-1, 1].
+
+        `levels=k` decodes the first k levels alone; with `partial` a token of -1 is not known and adds nothing.
+        """
+        return self.vae.decode(self.quantizer.decode(indices, levels, partial))
 
     def _checked(self, images: Tensor) -> Tensor:
         expected = (3, self.resolution, self.resolution)

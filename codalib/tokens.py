@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from codalib.data import EndlessOrder, ImageDataset, UnreadableCount, collate, load_dataset
+from codalib.maskgit import MaskGIT
 from codalib.released import open_tokenizer
 from codalib.runs import atomic_write, read_json, write_json
 from codalib.tokenizer import CodaTokenizer
@@ -46,6 +47,17 @@ def tokenizer_hash(tokenizer: CodaTokenizer) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def check_generator(model: MaskGIT, tokenizer: CodaTokenizer) -> MaskGIT:
+    """MODEL, or CacheMismatch where it was trained on the tokens of another tokenizer than this."""
+    mine = tokenizer_hash(tokenizer)
+    if model.info.get("tokenizer") != mine:
+        raise CacheMismatch(
+            f"the generator was trained on the tokens of the tokenizer {model.info.get('tokenizer')}, expected {mine}: "
+            "give it the tokenizer that it was trained with"
+        )
+    return model
 
 
 def index_type(codebook_size: int) -> type[np.integer]:

@@ -29,6 +29,17 @@ def latents(batch=3, side=5, seed=1):
     return torch.randn(batch, 4, side, side, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_are_not_known_add_nothing(kind):
+    q = small(kind)
+    indices = q.encode(latents())
+    coarse = [level if number < 2 else torch.full_like(level, -1) for number, level in enumerate(indices)]
+    torch.testing.assert_close(q.decode(coarse, partial=True), q.decode(indices, levels=2))
+    torch.testing.assert_close(q.decode(indices, partial=True), q.decode(indices))
+    with pytest.raises(ValueError, match=r"lie in \[-1, .*expected \[0, 23\]"):
+        q.decode(coarse)
+
+
 @pytest.mark.parametrize("backend", ["reference", "tiled", "compiled"])
 def test_golden_values_and_gradients(backend):
     with safe_open(GOLDEN, "pt") as file:
