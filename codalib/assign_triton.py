@@ -10,6 +10,8 @@ precision ("tf32x3" where the tensor cores have TF32, plain float32 otherwise): 
 ten bits would be as coarse as the differences between logits. float64 inputs are computed in float32.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -26,22 +28,23 @@ LOW = tl.constexpr(-1.0e30)  # stands for minus infinity, with which 0 * x would
 
 
 @triton.jit
-def _load_rows(pointer, rows, count, columns, WIDTH: tl.constexpr):
+def _load_rows(pointer, rows, count, columns, WIDTH: tl.constexpr, WIDEN: tl.constexpr):
     mask = (rows[:, None] < count) & (columns[None, :] < WIDTH)
-    return tl.load(pointer + rows[:, None].to(tl.int64) * WIDTH + columns[None, :], mask=mask, other=0.0)
+    tile = tl.load(pointer + rows[:, None].to(tl.int64) * WIDTH + columns[None, :], mask=mask, other=0.0)
+    return tile.to(tl.float32) if WIDEN else tile
 
 
 @triton.jit
 def _statistics_kernel(
     queries_ptr, keys_ptr, indices_ptr, statistics_ptr, tokens, codes, split, scale, sharpness,
     D: tl.constexpr, D_PAD: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    ARGMAX_ONLY: tl.constexpr,
+    WIDEN: tl.constexpr, ARGMAX_ONLY: tl.constexpr,
 ):  # fmt: skip
     """Of a token block and a split of the codes: argmax, maximum, sum exp, sum of sharp exp, sum of it x its log."""
     part = tl.program_id(1)
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     width = tl.arange(0, D_PAD)
-    queries = _load_rows(queries_ptr, rows, tokens, width, D)
+    queries = _load_rows(queries_ptr, rows, tokens, width, D, WIDEN)
     largest = tl.full([BT], LOW, tl.float32)
     best = tl.zeros([BT], tl.int32)
     soft = tl.zeros([BT], tl.float32)
@@ -50,7 +53,7 @@ def _statistics_kernel(
     end = tl.minimum(codes, (part + 1) * split)
     for start in range(part * split, end, BK):
         columns = start + tl.arange(0, BK)
-        keys = _load_rows(keys_ptr, columns, codes, width, D)
+        keys = _load_rows(keys_ptr, columns, codes, width, D, WIDEN)
         logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         logits = tl.where(columns[None, :] < codes, logits, LOW)
         top, where = tl.max(logits, axis=1, return_indices=True, return_indices_tie_break_left=True)
@@ -80,15 +83,16 @@ def _statistics_kernel(
 def _mean_kernel(
     queries_ptr, keys_ptr, largest_ptr, log_sharp_sum_ptr, mean_ptr, tokens, codes, scale, sharpness,
     D: tl.constexpr, D_PAD: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The mean sharp distribution at one code block."""
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     width = tl.arange(0, D_PAD)
-    keys = tl.trans(_load_rows(keys_ptr, columns, codes, width, D))
+    keys = tl.trans(_load_rows(keys_ptr, columns, codes, width, D, WIDEN))
     total = tl.zeros([BK], tl.float32)
     for start in range(0, tokens, BT):
         rows = start + tl.arange(0, BT)
-        logits = tl.dot(_load_rows(queries_ptr, rows, tokens, width, D), keys, input_precision=PRECISION) * scale
+        logits = tl.dot(_load_rows(queries_ptr, rows, tokens, width, D, WIDEN), keys, input_precision=PRECISION) * scale
         largest = tl.load(largest_ptr + rows, mask=rows < tokens, other=0.0)
         # A row past the end has a normaliser of e^(1e30), so that its share is 0.
         log_sum = tl.load(log_sharp_sum_ptr + rows, mask=rows < tokens, other=-LOW)
@@ -110,15 +114,15 @@ def _pulls_kernel(
     queries_ptr, keys_ptr, values_ptr, grad_value_ptr, rows_ptr, slope_ptr, pulls_ptr,
     tokens, codes, split, scale, sharpness,
     D: tl.constexpr, D_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Row sums of the gradient: P * G and S * (slope - log S), for one token block and one split of the codes."""
     part = tl.program_id(1)
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     mask = rows < tokens
     width, channels = tl.arange(0, D_PAD), tl.arange(0, C_PAD)
-    queries = _load_rows(queries_ptr, rows, tokens, width, D)
-    grad_value = _load_rows(grad_value_ptr, rows, tokens, channels, C)
+    queries = _load_rows(queries_ptr, rows, tokens, width, D, WIDEN)
+    grad_value = _load_rows(grad_value_ptr, rows, tokens, channels, C, WIDEN)
     largest = tl.load(rows_ptr + rows, mask=mask, other=0.0)
     log_soft_sum = tl.load(rows_ptr + tokens + rows, mask=mask, other=0.0)
     log_sharp_sum = tl.load(rows_ptr + 2 * tokens + rows, mask=mask, other=0.0)
@@ -128,8 +132,8 @@ def _pulls_kernel(
     for start in range(part * split, end, BK):
         columns = start + tl.arange(0, BK)
         inside = columns < codes
-        keys = tl.trans(_load_rows(keys_ptr, columns, codes, width, D))
-        values = tl.trans(_load_rows(values_ptr, columns, codes, channels, C))
+        keys = tl.trans(_load_rows(keys_ptr, columns, codes, width, D, WIDEN))
+        values = tl.trans(_load_rows(values_ptr, columns, codes, channels, C, WIDEN))
         slope = tl.load(slope_ptr + columns, mask=inside, other=0.0)
         soft, sharp, log_sharp = _distributions(
             queries, keys, largest, log_soft_sum, log_sharp_sum, scale, sharpness, PRECISION
@@ -147,15 +151,15 @@ def _grad_queries_kernel(
     queries_ptr, keys_ptr, values_ptr, grad_value_ptr, rows_ptr, slope_ptr, weight_ptr, grad_ptr,
     tokens, codes, split, scale, sharpness,
     D: tl.constexpr, D_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient from one split of the codes."""
     part = tl.program_id(1)
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     mask = rows < tokens
     width, channels = tl.arange(0, D_PAD), tl.arange(0, C_PAD)
-    queries = _load_rows(queries_ptr, rows, tokens, width, D)
-    grad_value = _load_rows(grad_value_ptr, rows, tokens, channels, C)
+    queries = _load_rows(queries_ptr, rows, tokens, width, D, WIDEN)
+    grad_value = _load_rows(grad_value_ptr, rows, tokens, channels, C, WIDEN)
     largest = tl.load(rows_ptr + rows, mask=mask, other=0.0)
     log_soft_sum = tl.load(rows_ptr + tokens + rows, mask=mask, other=0.0)
     log_sharp_sum = tl.load(rows_ptr + 2 * tokens + rows, mask=mask, other=0.0)
@@ -167,8 +171,8 @@ def _grad_queries_kernel(
     for start in range(part * split, end, BK):
         columns = start + tl.arange(0, BK)
         inside = columns < codes
-        keys = _load_rows(keys_ptr, columns, codes, width, D)
-        values = tl.trans(_load_rows(values_ptr, columns, codes, channels, C))
+        keys = _load_rows(keys_ptr, columns, codes, width, D, WIDEN)
+        values = tl.trans(_load_rows(values_ptr, columns, codes, channels, C, WIDEN))
         slope = tl.load(slope_ptr + columns, mask=inside, other=0.0)
         soft, sharp, log_sharp = _distributions(
             queries, tl.trans(keys), largest, log_soft_sum, log_sharp_sum, scale, sharpness, PRECISION
@@ -187,22 +191,22 @@ def _grad_keys_kernel(
     queries_ptr, keys_ptr, values_ptr, grad_value_ptr, rows_ptr, slope_ptr, weight_ptr, grad_ptr,
     tokens, codes, scale, sharpness,
     D: tl.constexpr, D_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one code block's keys."""
     columns = tl.program_id(0) * BK + tl.arange(0, BK)
     inside = columns < codes
     width, channels = tl.arange(0, D_PAD), tl.arange(0, C_PAD)
-    keys = tl.trans(_load_rows(keys_ptr, columns, codes, width, D))
-    values = tl.trans(_load_rows(values_ptr, columns, codes, channels, C))
+    keys = tl.trans(_load_rows(keys_ptr, columns, codes, width, D, WIDEN))
+    values = tl.trans(_load_rows(values_ptr, columns, codes, channels, C, WIDEN))
     slope = tl.load(slope_ptr + columns, mask=inside, other=0.0)
     weight = tl.load(weight_ptr)
     total = tl.zeros([BK, D_PAD], tl.float32)
     for start in range(0, tokens, BT):
         rows = start + tl.arange(0, BT)
         mask = rows < tokens
-        queries = _load_rows(queries_ptr, rows, tokens, width, D)
-        grad_value = _load_rows(grad_value_ptr, rows, tokens, channels, C)
+        queries = _load_rows(queries_ptr, rows, tokens, width, D, WIDEN)
+        grad_value = _load_rows(grad_value_ptr, rows, tokens, channels, C, WIDEN)
         largest = tl.load(rows_ptr + rows, mask=mask, other=0.0)
         log_soft_sum = tl.load(rows_ptr + tokens + rows, mask=mask, other=0.0)
         log_sharp_sum = tl.load(rows_ptr + 2 * tokens + rows, mask=mask, other=0.0)
@@ -228,7 +232,7 @@ class TritonAssign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, keys, values, scale, entropy_temperature):
-        queries, keys, values = (_kernel_ready(x) for x in (queries, keys, values))
+        queries, keys, values = _kernel_ready(queries, keys, values)
         sharpness = 1 / entropy_temperature
         indices, (largest, soft_sum, sharp_sum, weighted_sum) = _statistics(queries, keys, scale, sharpness)
         rows = torch.stack([largest, soft_sum.log(), sharp_sum.log()])  # (3, N)
@@ -275,7 +279,7 @@ class TritonAssign(torch.autograd.Function):
 
 def triton_argmax(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Indices (N,) of the largest `scale * queries @ keys.T`, by the kernel that `TritonAssign` takes them from."""
-    return _statistics(_kernel_ready(queries), _kernel_ready(keys), scale, None)[0]
+    return _statistics(*_kernel_ready(queries, keys), scale, None)[0]
 
 
 def _statistics(queries: Tensor, keys: Tensor, scale: float, sharpness: float | None) -> tuple[Tensor, Tensor]:
@@ -306,14 +310,18 @@ def _statistics(queries: Tensor, keys: Tensor, scale: float, sharpness: float | 
     return indices, torch.stack([largest, soft_sum, sharp_sum, weighted_sum])
 
 
-def _kernel_ready(x: Tensor) -> Tensor:
-    return x.detach().contiguous() if x.dtype in (torch.bfloat16, torch.float16) else x.detach().float().contiguous()
+def _kernel_ready(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous, without a graph, and of one data type: what a product takes. float64 becomes float32."""
+    dtype = functools.reduce(torch.promote_types, [x.dtype for x in tensors])
+    dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+    return [x.detach().to(dtype).contiguous() for x in tensors]
 
 
 def _blocks(queries: Tensor, channels: int = 1) -> dict:
     """The constants of a kernel; the dot products' precision follows from the device."""
     width = queries.shape[1]
     wide = max(width, channels) > WIDE
+    # Older GPUs, and Triton's interpreter, cannot multiply bfloat16: there it is made float32 as it is loaded.
     tensor_cores = queries.is_cuda and torch.cuda.get_device_capability(queries.device) >= (8, 0)
     return {
         "D": width,
@@ -321,6 +329,7 @@ def _blocks(queries: Tensor, channels: int = 1) -> dict:
         "BT": TOKEN_BLOCK // 2 if wide else TOKEN_BLOCK,
         "BK": CODE_BLOCK // 2 if wide else CODE_BLOCK,
         "PRECISION": "tf32x3" if tensor_cores and torch.version.hip is None else "ieee",
+        "WIDEN": queries.dtype == torch.bfloat16 and not tensor_cores,
         "num_stages": 1 if wide else 2,
     }
 

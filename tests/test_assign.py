@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from codalib import assign
 from codalib.assign import (
@@ -19,6 +22,7 @@ from codalib.assign import (
     softmax_assign,
     top_assign,
 )
+from codalib.quantize import ResidualAttentionQuantizer
 
 TILED = ["tiled", "compiled"]  # the Triton backend has its own file
 TEMPERATURES = [0.01, 0.3, 1.0]
@@ -170,6 +174,44 @@ def test_nothing_of_tokens_times_codes_is_saved_for_backward():
         softmax_assign(*inputs, 0.5, 0.01, "tiled")
     assert max(saved) <= max(x.numel() for x in inputs) < tokens * codes
     assert sum(saved) < 3 * sum(x.numel() for x in inputs)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that a tensor had which any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_no_tensor_of_tokens_times_codes_is_ever_made(backend):
+    tokens, codes = 50, 300
+    inputs = problem(tokens, codes)
+    with Largest() as softmax:
+        run(inputs, backend)
+    with Largest() as argmax:
+        argmax_assign(*inputs[:2], backend=backend)
+        nearest_assign(*inputs[:2], backend=backend)
+    with Largest() as head:
+        linear_cross_entropy(*(x.requires_grad_() for x in inputs[:2]), torch.arange(tokens)).backward()
+    most = [softmax.elements, argmax.elements, head.elements]
+    assert all(x == tokens * codes for x in most[:2]) if backend == "reference" else max(most) < tokens * codes / 5
+
+
+def test_a_quantizer_projects_its_codes_once_a_pass():
+    quantizer = ResidualAttentionQuantizer(3, 40, (1, 2, 4), 6, backend="tiled")
+    counts = Counter()
+    for name in ("to_q", "to_k", "to_v"):
+        layer = getattr(quantizer.attn, name)
+        layer.register_forward_hook(lambda *_, name=name: counts.update([name]))
+    quantizer(torch.randn(2, 3, 4, 4))
+    assert counts == {"to_q": 3, "to_k": 1, "to_v": 1}
+    quantizer.encode(torch.randn(2, 3, 4, 4))
+    assert counts == {"to_q": 6, "to_k": 2, "to_v": 2}
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -55,7 +57,10 @@ def test_values_and_gradients_are_those_of_the_plain_formula(size, temperature, 
     from codalib import assign_triton
 
     monkeypatch.setattr(assign_triton, "LEAST_SPLIT", 64)
-    inputs = problem(*size)
+    assert_same_as_reference(problem(*size), temperature)
+
+
+def assert_same_as_reference(inputs, temperature):
     out, gradients = run(inputs, "triton", temperature)
     expected, expected_gradients = run(inputs, "reference", temperature)
     assert torch.equal(out.indices, expected.indices)
@@ -65,6 +70,20 @@ def test_values_and_gradients_are_those_of_the_plain_formula(size, temperature, 
     for ours, theirs in pairs:
         scale = theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * (1 + scale), check_dtype=False)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    tokens=st.integers(1, 80),
+    codes=st.integers(1, 150),
+    width=st.integers(1, 40),
+    channels=st.integers(1, 20),
+    temperature=st.sampled_from([0.01, 0.3, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_size_gives_the_plain_formula(tokens, codes, width, channels, temperature, seed):
+    assert_same_as_reference(problem(tokens, codes, width, channels, seed), temperature)
 
 
 @needs_kernels
@@ -93,17 +112,32 @@ def test_of_tied_codes_the_lowest_index_wins(monkeypatch):
 
 
 @needs_kernels
-def test_large_logits_stay_finite_and_half_precision_keeps_float32_statistics():
+def test_large_logits_stay_finite():
     out, gradients = run(problem(9, 70, spread=1e4), "triton", 0.01)
     assert all(x.isfinite().all() for x in (*out, *gradients))
-    # The interpreter multiplies the bits of bfloat16 as if they were integers: float16 stands for it there.
-    half = problem(20, 70, dtype=torch.float16 if INTERPRETED else torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_float32_statistics_and_sums(dtype):
+    half = problem(70, 150, dtype=dtype)
     out, gradients = run(half, "triton", 1.0)
     expected, expected_gradients = run(half, "tiled", 1.0)  # of the same rounded inputs, in float32
+    assert torch.equal(out.indices, expected.indices)
     assert out.value.dtype == out.hard.dtype == out.entropy.dtype == torch.float32
     torch.testing.assert_close(out.entropy, expected.entropy, rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert ours.dtype == dtype
         torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2 * theirs.abs().max().item())
+
+
+@needs_kernels
+def test_inputs_of_different_precision_meet_in_the_higher():
+    queries, keys, values = problem(9, 40, dtype=torch.bfloat16)
+    mixed = run([queries, keys.float(), values], "triton", 1.0)[0]
+    plain = run([x.float() for x in (queries, keys, values)], "triton", 1.0)[0]
+    assert torch.equal(mixed.value, plain.value)
+    assert torch.equal(mixed.entropy, plain.entropy)
 
 
 @needs_kernels
@@ -121,10 +155,20 @@ def test_the_quantizer_runs_on_the_kernels():
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
 
 
+KERNELS = ("_statistics_kernel", "_mean_kernel", "_pulls_kernel", "_grad_queries_kernel", "_grad_keys_kernel")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("precision", ["tf32x3", "ieee"])
-def test_kernels_compile_for_a_gpu_that_need_not_be_here(precision):
-    """For an RTX 3090 (8.6): machine code is made, and the shared memory of a block, 99 KiB there, suffices."""
+@pytest.mark.parametrize(
+    ("dtype", "precision", "capability", "kilobytes", "names"),
+    [
+        ("fp32", "tf32x3", 86, 99, KERNELS),  # an RTX 3090 and the shared memory that one block may have there
+        ("bf16", "tf32x3", 86, 99, KERNELS),
+        ("fp32", "ieee", 75, 64, KERNELS[-1:]),  # a T4, without TF32; the largest kernel stands for all
+    ],
+)
+def test_kernels_compile_for_a_gpu_that_need_not_be_here(dtype, precision, capability, kilobytes, names):
+    """Machine code is made, and the shared memory of a block suffices."""
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -135,26 +179,21 @@ def test_kernels_compile_for_a_gpu_that_need_not_be_here(precision):
     from codalib import assign_triton as kernels
 
     constants = {"D": 32, "D_PAD": 32, "C": 16, "C_PAD": 16, "BT": 64, "BK": 64, "PRECISION": precision}
-    constants["ARGMAX_ONLY"] = False
-    for kernel in (
-        kernels._statistics_kernel,
-        kernels._mean_kernel,
-        kernels._pulls_kernel,
-        kernels._grad_queries_kernel,
-        kernels._grad_keys_kernel,
-    ):
+    constants |= {"WIDEN": False, "ARGMAX_ONLY": False}
+    inputs = ("queries_ptr", "keys_ptr", "values_ptr", "grad_value_ptr")
+    for kernel in (getattr(kernels, name) for name in names):
         signature, values = {}, {}
         for position, name in enumerate(kernel.arg_names):
             if name in constants:
                 signature[name], values[(position,)] = "constexpr", constants[name]
             elif name.endswith("_ptr"):
-                signature[name] = "*i32" if name == "indices_ptr" else "*fp32"
+                signature[name] = f"*{dtype}" if name in inputs else "*i32" if name == "indices_ptr" else "*fp32"
             else:
                 signature[name] = "fp32" if name in ("scale", "sharpness") else "i32"
         compiled = compile_kernel(
             ASTSource(kernel, signature, constexprs=values),
-            target=GPUTarget("cuda", 86, 32),
+            target=GPUTarget("cuda", capability, 32),
             options={"num_warps": 4, "num_stages": 2},
         )
         assert len(compiled.asm["cubin"]) > 0
-        assert compiled.metadata.shared <= 99 * 1024, kernel.__name__
+        assert compiled.metadata.shared <= kilobytes * 1024, kernel.__name__
