@@ -2,6 +2,8 @@
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
 #   make test                        style, unit tests, notebooks
 #   make lab                         JupyterLab on the notebooks
+#   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
+#   make rehearse PROFILE=NAME       two steps of a profile's training with random weights: memory, work, hours on a GPU
 #   make notebooks                   run each as it is and keep the outputs of its checked cells, to be committed
 #   make clean                       remove the environment and everything under runs/ (trained weights too)
 # PYTHON=python3.12 takes another interpreter (3.11 to 3.13). On a machine without a GPU,
@@ -14,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup reproduce test lab notebooks clean
+.PHONY: setup reproduce test lab fetch rehearse notebooks clean
 
 setup: $(STAMP)
 
@@ -37,6 +39,12 @@ test: $(STAMP)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+fetch: $(STAMP)
+	$(BIN)/python -m codalib.fetch --profile $(PROFILE)
+
+rehearse: $(STAMP)
+	$(BIN)/python -m codalib.rehearse --profile $(PROFILE)
 
 notebooks: $(STAMP)
 	set -e; for notebook in notebooks/*.ipynb; do $(BIN)/python -m codalib.execute $$notebook --keep-checked; done
