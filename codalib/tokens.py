@@ -172,7 +172,7 @@ def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dat
 @torch.no_grad()
 def code_values(tokenizer: CodaTokenizer) -> Tensor:
     """What each code adds to the latents, (K, C) float32: for attention the projected values of Eq. 6."""
-    return tokenizer.quantizer._project_codes()[1].float()
+    return tokenizer.quantizer._project_codes()[1].detach().float()
 
 
 @torch.no_grad()
