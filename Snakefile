@@ -15,11 +15,12 @@ RUNS = os.path.relpath(runs_folder(PROFILE))
 REPORTS = os.path.relpath(reports_folder(PROFILE))
 PYTHON = sys.executable
 
-# Stage -> the stages whose results it reads. None reads 00: its weights of the long run are in data/, as an
-# off-the-shelf VAE would be.
+# Stage -> the stages whose results it reads. None reads 00, and 02 reads no stage: the VAE of a long run and the
+# tokenizer of 149 tokens are in data/.
 NEEDS = {
     "00_pretrain_vae": [],
     "01_train_tokenizer": [],
+    "02_train_maskgit": [],
     "table1_ablation": ["01_train_tokenizer"],
     "table2_reconstruction": ["01_train_tokenizer"],
     "fig7_reconstructions": ["01_train_tokenizer"],
