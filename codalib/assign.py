@@ -201,15 +201,13 @@ def _reference_assign(queries: Tensor, keys: Tensor, values: Tensor, entropy_tem
     """The plain formula: it holds several (N, K) matrices."""
     logits = queries @ keys.T  # (N, K)
     indices = logits.argmax(dim=-1)
-    soft = logits.softmax(dim=-1)
-    one_hot = F.one_hot(indices, len(keys)).to(soft)
-    sharp, log_sharp = (
-        (logits / entropy_temperature).softmax(dim=-1),
-        (logits / entropy_temperature).log_softmax(dim=-1),
-    )
+    hard = F.embedding(indices, values)
+    mixture = logits.softmax(dim=-1) @ values.detach()
+    log_sharp = (logits / entropy_temperature).log_softmax(dim=-1)
+    sharp = log_sharp.exp()
     mean = sharp.mean(dim=0)  # (K,)
     entropy = (mean * (mean + ENTROPY_EPS).log()).sum() - (sharp * log_sharp).sum(dim=-1).mean()
-    return Assignment((one_hot + (soft - soft.detach())) @ values, one_hot @ values, indices, entropy)
+    return Assignment(hard + (mixture - mixture.detach()), hard, indices, entropy)
 
 
 class _TiledAssign(torch.autograd.Function):
@@ -457,7 +455,8 @@ def _tiles(
     """The rows of each tile of at least `least` tokens, with uninitialised (T, K) buffers that all tiles share."""
     elements = TILE_ELEMENTS.get(queries.device.type, TILE_ELEMENTS_ELSEWHERE)
     step = min(max(least or TILE_LEAST_TOKENS, elements // codes), len(queries))
-    tiles = [queries.new_empty(step, codes) for _ in range(buffers)]
+    # One allocation: the C library keeps a freed one for the next level, but gives several back to the system.
+    tiles = queries.new_empty(buffers, step, codes).unbind()
     for start in range(0, len(queries), step):
         rows = slice(start, min(start + step, len(queries)))
         yield rows, *(tile[: rows.stop - start] for tile in tiles)
