@@ -1,4 +1,4 @@
-"""Images in, tensors out: the embedded emoji set and folders in ImageNet's layout, in a seeded, resumable order.
+"""Images in, tensors out: the embedded emoji, folders in ImageNet's or MS-COCO's layout, in a seeded, resumable order.
 
 The order is a pure function of (seed, step): a run that stops at step s continues with exactly the images it would have
 seen, whatever the number of processes or workers, and so do the random crops.
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 EMOJI_FOLDER = Path(__file__).parent.parent / "data" / "emoji"
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
 TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
 MAX_UNREADABLE = 0.01  # share of a data set's images; a run that meets more stops
 
@@ -73,12 +74,17 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Item:
-    """One image: where its bytes are, its class, its caption."""
+    """One image: where its bytes are, its class, its captions (one at least)."""
 
     name: str
     label: int
-    caption: str
+    captions: tuple[str, ...]
     stored: bytes | None = None  # None: read the file `name`
+
+    @property
+    def caption(self) -> str:
+        """The first of its captions."""
+        return self.captions[0]
 
     def open(self) -> Image.Image:
         return Image.open(io.BytesIO(self.stored) if self.stored is not None else self.name)
@@ -89,7 +95,7 @@ class ImageDataset(Dataset):
 
     Item i: dict of image float (3, r, r) in [-1, 1], label int, caption str, index int; None for an unreadable file.
     Training crops at random from a picture whose shorter side is 1.125 r, evaluation takes the centre at r, both
-    resized by Lanczos.
+    resized by Lanczos. Of several captions the crop's seed takes one, evaluation the first.
     """
 
     def __init__(self, items: list[Item], classes: list[str], resolution: int, random_crop: bool, name: str = ""):
@@ -126,7 +132,8 @@ class ImageDataset(Dataset):
         generator = torch.Generator().manual_seed(seed) if self.random_crop else None
         side = round(self.resolution * TRAIN_ENLARGEMENT) if self.random_crop else self.resolution
         square = crop(resize_shorter_side(rgb, side), self.resolution, generator)
-        return {"image": to_tensor(square), "label": item.label, "caption": item.caption, "index": index}
+        caption = item.captions[seed % len(item.captions)]
+        return {"image": to_tensor(square), "label": item.label, "caption": caption, "index": index}
 
 
 def load_dataset(
@@ -140,8 +147,9 @@ def load_dataset(
     """Load a data set by name.
 
     Args:
-        name: "emoji" (embedded, 9 classes, 64 x 64) or "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...); an
-            environment variable in PATH is filled in: "imagefolder:$IMAGENET".
+        name: "emoji" (embedded, 9 classes, 64 x 64), "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...) or
+            "coco:PATH" (PATH/annotations/captions_train2014.json, PATH/train2014/*.jpg and the same of val2014; or
+            2017); an environment variable in PATH is filled in: "imagefolder:$IMAGENET".
         split: "train" or "val".
         resolution: side of the square images, pixels.
         random_crop: the training transform; by default for the training split only.
@@ -159,8 +167,10 @@ def load_dataset(
         items, classes = _emoji(split)
     elif kind == "imagefolder" and path:
         items, classes = _imagefolder(_filled_in(path), split)
+    elif kind == "coco" and path:
+        items, classes = _coco(_filled_in(path), split)
     else:
-        raise DataError(f"data set is {name!r}, expected 'emoji' or 'imagefolder:PATH'")
+        raise DataError(f"data set is {name!r}, expected 'emoji', 'imagefolder:PATH' or 'coco:PATH'")
     if num_classes is not None and num_classes != len(classes):
         raise DataError(f"{name} has {len(classes)} classes, expected {num_classes}: check the path or the parameter")
     if limit is not None:
@@ -178,7 +188,8 @@ def _emoji(split: str) -> tuple[list[Item], list[str]]:
     classes = json.loads((EMOJI_FOLDER / "summary.json").read_text())["classes"]
     rows = pq.read_table(path, columns=["image", "label", "caption", "style"]).to_pylist()
     names = (f"emoji/{split}/{i} ({row['caption']}, {row['style']})" for i, row in enumerate(rows))
-    return [Item(name, r["label"], r["caption"], r["image"]) for name, r in zip(names, rows, strict=True)], classes
+    items = [Item(name, r["label"], (r["caption"],), r["image"]) for name, r in zip(names, rows, strict=True)]
+    return items, classes
 
 
 def _filled_in(path: str) -> Path:
@@ -206,7 +217,7 @@ def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
             f"only on one side: {', '.join(odd[:5])}"
         )
     items = [
-        Item(path, label, name.replace("_", " "))
+        Item(path, label, (name.replace("_", " "),))
         for label, name in enumerate(classes)
         for path in _image_files(folders[split] / name)
     ]
@@ -215,6 +226,27 @@ def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
             f"{folders[split]} holds no images: expected one folder a class with {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     return items, classes
+
+
+def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
+    """MS-COCO's images with their captions (five or so each), by image number; all of one class, "image"."""
+    files = [root / "annotations" / f"captions_{split}{year}.json" for year in COCO_YEARS]
+    annotations = next((path for path in files if path.exists()), None)
+    if annotations is None:
+        raise DataError(f"{root} holds neither {' nor '.join(str(path.relative_to(root)) for path in files)}")
+    try:
+        contents = json.loads(annotations.read_text(encoding="utf-8"))
+        captions: dict[int, list[str]] = {}
+        for row in contents["annotations"]:
+            captions.setdefault(row["image_id"], []).append(" ".join(row["caption"].split()))
+        names = {row["id"]: row["file_name"] for row in contents["images"]}
+        folder = root / annotations.stem.removeprefix("captions_")
+        items = [Item(str(folder / names[i]), 0, tuple(captions[i])) for i in sorted(captions)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{annotations} is not a file of MS-COCO captions ({error!r}): fetch it again") from error
+    if not items or not Path(items[0].name).exists():
+        raise DataError(f"{folder} does not hold the {len(items)} images of {annotations.name}: unpack them there")
+    return items, ["image"]
 
 
 def _image_files(folder: Path) -> list[str]:

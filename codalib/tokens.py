@@ -1,6 +1,6 @@
 """Token cache: a data set's images as a tokenizer's indices, encoded once, in shards, for the generator's training.
 
-A cache is a folder: `manifest.json` (which tokenizer, which data), `captions.json` (one an image), `codes.safetensors`
+A cache is a folder: `manifest.json` (which tokenizer, which data), `captions.json` (each image's), `codes.safetensors`
 (the codes' values) and `shards/NNNNN.safetensors`. A shard appears whole or not at all, and what is there is not
 encoded again: an interrupted stage goes on with the next shard, and processes share a data set by sharing its shards.
 """
@@ -8,7 +8,7 @@ encoded again: an interrupted stage goes on with the next shard, and processes s
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dat
             differences = ", ".join(f"{key} {found.get(key)} there and {manifest[key]} here" for key in odd)
             raise CacheMismatch(f"{folder} holds other tokens: {differences}; remove it or choose another folder")
         return
-    write_json(folder / CAPTIONS, [item.caption for item in dataset.items])
+    write_json(folder / CAPTIONS, [item.captions for item in dataset.items])
     with atomic_write(folder / CODES, "wb") as file:
         file.write(save({"values": code_values(tokenizer).cpu().numpy()}))
     write_json(folder / MANIFEST, manifest)  # last: where it is, the others are
@@ -236,7 +236,7 @@ class TokenCache:
         self.folder, self.manifest = folder, manifest
         self.indices, self._label = columns["indices"], columns["label"]  # (N, L), (N,)
         self.image, self.view = columns["image"], columns["view"]  # (N,): which image of the data set, which view
-        self.captions: list[str] = read_json(folder / CAPTIONS)  # one an image
+        self.captions: list[list[str]] = read_json(folder / CAPTIONS)  # an image's, one at least
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer_hash: str | None = None) -> "TokenCache":
@@ -305,16 +305,21 @@ class TokenCache:
         digest = hashlib.sha256(self.tokenizer.encode())
         for array in (self.indices, self._label, self.image):
             digest.update(np.ascontiguousarray(array).data)
-        digest.update("\n".join(self.captions).encode())
+        digest.update(json.dumps(self.captions).encode())
         return digest.hexdigest()[:16]
 
-    def batch(self, rows: list[int] | np.ndarray) -> dict[str, Any]:
-        """Some rows: {"tokens" (B, L) int64, "label" (B,), "caption" list, "index" (B,), the image's number}."""
+    def batch(self, rows: Sequence[int], choices: Sequence[int] | None = None) -> dict[str, Any]:
+        """Some rows: {"tokens" (B, L) int64, "label" (B,), "caption" list, "index" (B,), the image's number}.
+
+        Of an image's n captions the one of number `choices` modulo n is taken; None: the first.
+        """
         rows = np.asarray(rows)
+        captions = [self.captions[image] for image in self.image[rows]]
+        choices = choices or [0] * len(rows)
         return {
             "tokens": torch.from_numpy(self.indices[rows].astype(np.int64)),
             "label": torch.from_numpy(self._label[rows].astype(np.int64)),
-            "caption": [self.captions[image] for image in self.image[rows]],
+            "caption": [own[choice % len(own)] for own, choice in zip(captions, choices, strict=True)],
             "index": torch.from_numpy(self.image[rows].astype(np.int64)),
         }
 
@@ -324,11 +329,11 @@ class TokenCache:
         """Endless batches of `batch_size` for this process, from global step `start_step` on.
 
         The order is that of `codalib.data.EndlessOrder`: a function of the seed and the step, the processes' union
-        independent of their number; an epoch shows every view once.
+        independent of their number; an epoch shows every view once, with a caption drawn anew.
         """
         order = iter(EndlessOrder(len(self), seed, start_step * batch_size * world, rank, world))
         while True:
-            yield self.batch([next(order)[0] for _ in range(batch_size)])
+            yield self.batch(*zip(*(next(order) for _ in range(batch_size)), strict=True))
 
     def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
         """Every row once, in order; process `rank` of `world` takes every world-th."""

@@ -136,7 +136,7 @@ def train_maskgit(
     )
     captions = None
     if encoder is not None:
-        captions = CaptionTable(encoder, {*train.captions, *val.captions})
+        captions = CaptionTable(encoder, (caption for own in (*train.captions, *val.captions) for caption in own))
     parallel = accelerator.prepare(model)
     loop = Loop(
         settings,

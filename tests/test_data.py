@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -122,3 +123,32 @@ def test_an_environment_variable_in_the_path_is_filled_in(tmp_path, monkeypatch)
         load_dataset("imagefolder:$PICTURES", "val", 16)
     with pytest.raises(DataError, match=r"6 images of .* for 7 processes"):
         load_dataset(f"imagefolder:{tmp_path}", "val", 16).check_share(7)
+
+
+def test_coco_has_every_caption_of_an_image(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2014").mkdir()
+    contents = {
+        "images": [{"id": 7, "file_name": "7.jpg"}, {"id": 3, "file_name": "3.jpg"}],
+        "annotations": [
+            {"image_id": 7, "caption": "A dog.\n"},
+            {"image_id": 3, "caption": "A  cat."},
+            {"image_id": 7, "caption": "A brown dog."},
+        ],
+    }
+    annotations = tmp_path / "annotations" / "captions_val2014.json"
+    annotations.write_text(json.dumps(contents))
+    with pytest.raises(DataError, match=r"does not hold the 2 images of captions_val2014\.json"):
+        load_dataset(f"coco:{tmp_path}", "val", 16)
+    for number in (3, 7):
+        Image.new("L", (20, 30)).save(tmp_path / "val2014" / f"{number}.jpg")
+    dataset = load_dataset(f"coco:{tmp_path}", "val", 16)
+    assert [item.captions for item in dataset.items] == [("A cat.",), ("A dog.", "A brown dog.")]
+    assert dataset[1]["caption"] == "A dog."
+    assert dataset[1, 3]["caption"] == "A brown dog."
+    assert dataset[0]["image"].shape == (3, 16, 16)
+    with pytest.raises(DataError, match=r"holds neither annotations/captions_train2014\.json nor"):
+        load_dataset(f"coco:{tmp_path}", "train", 16)
+    annotations.write_text("{}")
+    with pytest.raises(DataError, match="not a file of MS-COCO captions"):
+        load_dataset(f"coco:{tmp_path}", "val", 16)

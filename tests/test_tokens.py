@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -207,3 +208,14 @@ def test_a_stage_from_names(tmp_path):
     launch(cache_dataset, 1, "emoji", "emoji", "val", tmp_path, 3)
     cache = TokenCache.open(tmp_path)
     assert cache.indices.shape == (3, 332)
+
+
+def test_of_several_captions_each_epoch_draws_one(tmp_path, tokenizer):
+    images = load_dataset("emoji", "train", 64, limit=2)
+    items = [dataclasses.replace(item, captions=("a", "b", "c")) for item in images.items]
+    images = type(images)(items, images.classes, images.resolution, False, images.name)
+    cache = TokenCache.open(cache_tokens(tokenizer, images, tmp_path))
+    assert cache.batch([0, 1], [4, 2])["caption"] == ["b", "c"]
+    assert cache.batch([0, 1])["caption"] == ["a", "a"]
+    stream = cache.batches(2, seed=0)
+    assert {caption for _ in range(20) for caption in next(stream)["caption"]} == {"a", "b", "c"}
