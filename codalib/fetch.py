@@ -37,6 +37,7 @@ TIMEOUT = 30  # seconds without an answer
 CHUNK = 2**20  # bytes
 HUB = "https://huggingface.co"  # HF_ENDPOINT names another
 HUB_SHA256 = re.compile(r'"?([0-9a-f]{64})"?$')  # the tag of a large file on the Hub; a small one's has fewer digits
+INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 DIGITS_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # torch's habit: NAME-FIRST_DIGITS_OF_THE_SHA_256.pth
 PUBLISHED = ("kl16", "flux", "coda/mar_v16384", "coda/flux_v65536")
@@ -328,6 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         names = list(dict.fromkeys([*options.names, *(needed(options.profile) if options.profile else ())]))
         problems = [problem for name in names for problem in fetch(name)]
+    except KeyboardInterrupt:
+        log.error("Stopped: run again to go on where it was.")
+        return INTERRUPTED
     except (StageError, OSError) as error:
         log.error("%s", error)
         return 1

@@ -320,6 +320,13 @@ def test_the_command_line(network, weights, caplog, monkeypatch):
     assert fetch.main(["--profile", "smoke"]) == 0
     assert "needs no network" in caplog.text
     assert fetch.main(["--profile", "no such profile"]) == 1
+    with monkeypatch.context() as patch:
+
+        def stop(name):
+            raise KeyboardInterrupt
+
+        patch.setattr(fetch, "fetch", stop)
+        assert fetch.main(["tiny"]) == fetch.INTERRUPTED
     for wrong in ([], ["no such network"]):
         with pytest.raises(SystemExit):
             fetch.main(wrong)
