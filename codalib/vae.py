@@ -204,9 +204,16 @@ def adapter_parameters(vae: ContinuousVAE) -> list[nn.Parameter]:
 
 
 def last_decoder_adapter(vae: ContinuousVAE) -> nn.Parameter | None:
-    """The second factor of the decoder's last adapter, where the adversarial weight is measured; None without one."""
-    found = [p for name, p in vae.autoencoder.decoder.named_parameters() if "lora_B" in name]
-    return found[-1] if found else None
+    """The second factor of the decoder's last adapter, where the adversarial weight is measured; None without one.
+
+    The last to be run: diffusers registers the middle of the decoder behind its upsampling half, but runs it before.
+    """
+    decoder = vae.autoencoder.decoder
+    for part in (decoder.conv_out, decoder.up_blocks, decoder.mid_block, decoder.conv_in):
+        found = [p for name, p in part.named_parameters() if "lora_B" in name]
+        if found:
+            return found[-1]
+    return None
 
 
 def save_adapters(vae: ContinuousVAE, folder: str | Path) -> None:

@@ -142,3 +142,16 @@ def test_bad_input_is_one_sentence(vae, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             add_adapters(copy.deepcopy(vae), **arguments)
+
+
+def test_the_last_adapter_is_the_last_to_be_run():
+    vae = add_adapters(load_vae("emoji"), "both", rank=2)
+    order = []
+    for name, module in vae.autoencoder.decoder.named_modules():
+        if name.endswith("lora_B.default"):
+            module.register_forward_hook(lambda module, *_: order.append(module.weight))
+    vae.decode(torch.zeros(1, 16, 8, 8))
+    assert last_decoder_adapter(vae) is order[-1]
+    assert last_decoder_adapter(add_adapters(load_vae("emoji"), "encoder", rank=2)) is None
+    middle = add_adapters(load_vae("emoji"), "decoder", rank=2, layers=("mid_block.resnets.0.conv1",))
+    assert last_decoder_adapter(middle) is not None
