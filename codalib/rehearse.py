@@ -117,6 +117,7 @@ def rehearsal_settings(parameters: Mapping[str, Any], batch: int) -> TokenizerSe
         checkpoint_every=1,
         log_every=1,
         precision=parameters["precision"] if here else "float32",
+        backend="auto" if here else "tiled",  # compiled code would hide its operations from the count
         perceptual_network="auto" if perceptual == "perceptual_vgg" and not has_weights("vgg16_lpips") else perceptual,
         discriminator_network="auto" if critic == "dino" and not has_weights("dino_vits16") else critic,
     )
@@ -253,7 +254,7 @@ def _changes(parameters: Mapping[str, Any], settings: TokenizerSettings) -> dict
     names = ("steps", "batch_size", "accumulation", "workers", "ema_start", "precision")
     pairs = {name: [parameters[name], getattr(settings, name)] for name in names}
     pairs |= {"processes": [parameters["processes"], 1], "fit_steps": [parameters["fit_steps"], 0]}
-    pairs |= {"dataset": [parameters["dataset"], "random images"]}
+    pairs |= {"dataset": [parameters["dataset"], "random images"], "backend": ["auto", settings.backend]}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -66,9 +66,12 @@ class Stage:
 
 
 def read_stages(profile: str) -> list[Stage]:
-    """The stages that have run under PROFILE, in the order of their starts; the report's own run is left out."""
+    """The stages that have run under PROFILE, by their starts; the report's own run and a rehearsal are left out."""
     stages = [Stage(path.parent, read_json(path)) for path in runs_folder(profile).glob(f"*/{MANIFEST}")]
-    return sorted((s for s in stages if s.name != "report"), key=lambda stage: (stage.manifest["started"], stage.name))
+    return sorted(
+        (s for s in stages if s.name not in ("report", "rehearse")),
+        key=lambda stage: (stage.manifest["started"], stage.name),
+    )
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
