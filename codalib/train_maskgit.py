@@ -95,7 +95,7 @@ def train_maskgit(
 ) -> MaskGIT:
     """Train a generator on cached tokens, resuming what `folder` holds, and return it with averaged weights, frozen.
 
-    Logs `loss` (with label smoothing) and at every evaluation what `validate` measures. Every process takes its share
+    Logs `loss` (with label smoothing) and at every evaluation what `measures_from` names. Every process takes its share
     of a step and of the validation; the processes' losses are averaged as they are, though each hides another number
     of tokens.
 
