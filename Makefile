@@ -2,6 +2,7 @@
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
 #   make test                        style, unit tests, notebooks
 #   make lab                         JupyterLab on the notebooks
+#   make bench                       time and memory of the quantizers: reports/bench/index.html; goes on where it stopped
 #   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
 #   make rehearse PROFILE=NAME       two steps of a profile's training with random weights: memory, work, hours on a GPU
 #   make notebooks                   run each as it is and keep the outputs of its checked cells, to be committed
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup reproduce test lab fetch rehearse notebooks clean
+.PHONY: setup reproduce test lab bench fetch rehearse notebooks clean
 
 setup: $(STAMP)
 
@@ -39,6 +40,9 @@ test: $(STAMP)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: $(STAMP)
+	$(BIN)/python -m codalib.bench
 
 fetch: $(STAMP)
 	$(BIN)/python -m codalib.fetch --profile $(PROFILE)
