@@ -1,9 +1,9 @@
 """Measure generated images: Frechet distance, precision and recall, the asked class, copies of training images.
 
-A method is a way to draw samples (`Sampling`) from one generator, or one of four that need none and say what a number
+A method is a way to draw samples (`Sampling`) from one generator, or one of five that need none and say what a number
 means: the validation images, as many training images, the tokenizer's reconstructions of the validation images (what
-a perfect generator of tokens would give), and reconstructions of shuffled tokens (what a generator gives that knows
-nothing but how often each code stands at each place).
+a perfect generator of tokens would give), and reconstructions of shuffled tokens: what a generator gives that knows
+nothing but how often each code stands at each place, or in each level.
 
 Every number comes from the pooled features of one network, "fid" from Inception and "fd_effnet" from EfficientNet; the
 class is told, and copies are looked for, in EfficientNet's. The work is shared by the processes of
@@ -44,8 +44,8 @@ from codalib.tokens import TokenCache, cache_tokens, check_generator, tokenizer_
 log = logging.getLogger(__name__)
 
 VALIDATION, TRAINING = "validation images", "training images"
-RECONSTRUCTIONS, SHUFFLED = "tokenizer", "shuffled tokens"
-BASELINES = (VALIDATION, TRAINING, RECONSTRUCTIONS, SHUFFLED)
+RECONSTRUCTIONS, SHUFFLED, SHUFFLED_LEVELS = "tokenizer", "shuffled tokens", "shuffled levels"
+BASELINES = (VALIDATION, TRAINING, RECONSTRUCTIONS, SHUFFLED, SHUFFLED_LEVELS)
 REFERENCES = ("val", "train")
 COPY_QUANTILE = 0.01  # a sample is a copy where it is nearer to a training image than this share of unseen ones is
 # Of the probe's least squares, times the features' mean variance. With it the probe is right for 81 % of the emoji's
@@ -161,6 +161,13 @@ def shuffle_tokens(tokens: Tensor, generator: torch.Generator | None = None) -> 
     """
     order = torch.rand(tokens.shape, generator=generator).argsort(dim=0)
     return tokens.gather(0, order)
+
+
+def shuffle_levels(tokens: Tensor, scales: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Each level's tokens of all images and places (N, L) exchanged at random: how often each code is used stays."""
+    parts = [part.flatten() for part in tokens.split([p * p for p in scales], dim=1)]
+    shuffled = [part[torch.randperm(len(part), generator=generator)] for part in parts]
+    return torch.cat([part.view(len(tokens), -1) for part in shuffled], dim=1)
 
 
 def inception_score(features: Tensor, distance: FrechetDistance) -> float:
@@ -386,8 +393,13 @@ class _Stage:
             if self.train is None:
                 raise ValueError(f"train_limit is 0, expected training images for the baseline {TRAINING!r}")
             return self._of_training(count)
-        if name in (RECONSTRUCTIONS, SHUFFLED):
-            tokens, asked = self._val_tokens(name == SHUFFLED)
+        if name in (RECONSTRUCTIONS, SHUFFLED, SHUFFLED_LEVELS):
+            tokens, asked = self._val_tokens()
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            if name == SHUFFLED:
+                tokens = shuffle_tokens(tokens, generator)
+            elif name == SHUFFLED_LEVELS:
+                tokens = shuffle_levels(tokens, self.tokenizer.quantizer.scales, generator)
             key = self.hash, self.settings.seed
             return self._kept(name, len(tokens), lambda share: self._decoded(tokens, share), *key), asked
         if self.model is None:
@@ -402,7 +414,8 @@ class _Stage:
         chosen = {name: column[rows] for name, column in self.real["train"].items()}
         return chosen, self.train.labels[chosen["number"]]
 
-    def _val_tokens(self, shuffled: bool) -> tuple[Tensor, Tensor]:
+    def _val_tokens(self) -> tuple[Tensor, Tensor]:
+        """The validation images' tokens (N, L) and labels."""
         share = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
         settings, seed = self.settings, self.settings.seed
         folder = self.folder / "generated" / f"tokens-{_mark(self.hash, settings.dataset, settings.val_limit, seed)}"
@@ -411,10 +424,7 @@ class _Stage:
         self.accelerator.wait_for_everyone()
         cache = TokenCache.open(folder, self.hash)
         batch = cache.batch(range(len(cache)))
-        tokens = batch["tokens"]
-        if shuffled:
-            tokens = shuffle_tokens(tokens, torch.Generator().manual_seed(seed))
-        return tokens, batch["label"]
+        return batch["tokens"], batch["label"]
 
     # What yields batches of (numbers, columns) for the numbers that fall to this process.
 

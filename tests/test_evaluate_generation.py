@@ -16,6 +16,7 @@ from codalib.evaluate_generation import (
     moments,
     nearest,
     read_generated,
+    shuffle_levels,
     shuffle_tokens,
     sweep,
 )
@@ -87,6 +88,14 @@ def test_shuffled_tokens_keep_each_places_counts_and_nothing_else():
     for place in range(6):
         assert torch.equal(shuffled[:, place].bincount(minlength=5), tokens[:, place].bincount(minlength=5))
     assert (shuffled[:, 1] == shuffled[:, 0]).float().mean() < 0.3
+
+
+def test_shuffled_levels_keep_each_levels_counts_and_nothing_else():
+    tokens = torch.cat([torch.zeros(50, 1), torch.arange(1, 5).repeat(50, 1)], dim=1).long()  # scales 1 and 2
+    shuffled = shuffle_levels(tokens, (1, 2), torch.Generator().manual_seed(0))
+    assert (shuffled[:, 0] == 0).all()
+    assert shuffled.flatten().bincount().tolist() == [50] * 5
+    assert (shuffled[:, 1] == 1).float().mean() < 0.5
 
 
 def test_samples_are_asked_for_evenly_spread_images():
