@@ -59,7 +59,6 @@ def plan(devices: Sequence[str] = ("cpu",), quick: bool = False) -> list[Case]:
             Case("step", "tiled", batch=1, **tiny),
             Case("step", "tiled", batch=2, **tiny),
             Case("encode", "attention", batch=2, **tiny),
-            Case("encode", "library", batch=2, **tiny),
         ]
     cases = []
     for device in devices:

@@ -31,7 +31,7 @@ ENTROPY_WEIGHT = 0.05
 SEED = 0
 # (tokens x codes) matrices of 4 bytes that an implementation holds at its peak, as measured at 16,384 codes; a case
 # that would need more than this share of the memory is not run.
-MATRICES = {("step", "released"): 12, ("step", "reference"): 9, ("encode", "library"): 6, ("residual", "library"): 6}
+MATRICES = {("step", "released"): 9, ("step", "reference"): 5, ("encode", "library"): 4, ("residual", "library"): 2}
 MEMORY_SHARE = 0.4
 # One tile of the bare products: about the fastest shape on processors (the product stays in the second-level cache).
 PRODUCT_TOKENS, PRODUCT_CODES = 64, 2048

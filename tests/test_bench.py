@@ -74,7 +74,7 @@ def test_what_would_not_fit_the_memory_is_not_run(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_cases, "machine", lambda: {"memory_bytes": 10**9, "cores": 1})
     monkeypatch.setattr(bench, "_measure_apart", lambda *_: {"state": "measured"})
     rows = run([Case("step", x, 65536, 4) for x in ("reference", "tiled")], tmp_path)
-    assert [row["state"] for row in rows] == ["not run: it would take about 6 GB", "measured"]
+    assert [row["state"] for row in rows] == ["not run: it would take about 4 GB", "measured"]
 
 
 @pytest.mark.parametrize(("status", "state"), [(-9, "killed by the system"), (1, None)])
