@@ -285,14 +285,15 @@ def _rates(rates: Mapping[str, float]) -> str:
 def _ratios(frame: pd.DataFrame) -> str:
     """Each case with its ratios to the materialising versions of the same case, to the bare products and the floor."""
     varying = [x for x in ("codes", "tokens") if frame[x].nunique() > 1] or ["codes", "tokens"]
-    rows = []
+    rows, missing = [], []
     for _, group in frame.groupby(["codes", "tokens"]):
         by_name = group.set_index("implementation")
         for name, row in by_name.iterrows():
             cells = {x: f"{row[x]:,}" for x in varying} | {"implementation": LABELS[row["task"], name][0]}
             if pd.isna(row["seconds"]):
-                note = row["state"].removeprefix("not run: ")
-                rows.append(cells | {"seconds": None, "MB": None, "not run": note})
+                rows.append(cells | {"seconds": None, "MB": None})
+                size = f"{row['codes']:,} codes, {row['tokens']:,} tokens"
+                missing.append(f"{cells['implementation']}, {size} ({row['state']})")
                 continue
             cells |= {"seconds": f"{row['seconds']:.3f}", "MB": f"{row['peak_bytes'] / 1e6:,.0f}"}
             cells["floor x"] = f"{row['seconds'] / row['floor_seconds']:.2f}"
@@ -305,16 +306,15 @@ def _ratios(frame: pd.DataFrame) -> str:
                     cells[f"{label}: memory x"] = _times(base, row, "peak_bytes")
             rows.append(cells)
     shown = pd.DataFrame(rows)
-    last = [name for name in ("not run",) if name in shown]
     text = "*floor x*: the time in floors. "
     if "products x" in shown:
         text += "*products x*: the time in that of the matrix products alone. "
     named = [label for other, label in SHORT.items() if f"{label}: time x" in shown]
     if named:
         text += f"*{', '.join(named)}*: how many times as much time and memory these take, where they were run. "
-    if last:
-        text += "*not run*: why not."
-    return pages.table(shown[[name for name in shown if name not in last] + last]) + _quiet(text)
+    if missing:
+        text += f"Without numbers: {'; '.join(missing)}."
+    return pages.table(shown) + _quiet(text)
 
 
 def _quiet(text: str) -> str:
