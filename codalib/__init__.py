@@ -1,7 +1,10 @@
 """CODA: continuous VAEs adapted into discrete tokenizers (arXiv 2503.17760).
 
-The library, from the ground up, each module importing only from those above it: paper, runs, compare, data, features,
-vae, assign, quantize, tokenizer, losses, discriminator, metrics, loop, train, figures, pages, report, execute.
+The library, from the ground up, each module importing only from those before it:
+models: paper, runs, compare, data, features, layouts, vae, assign_triton, assign, quantize, tokenizer, released;
+training and measuring: losses, discriminator, metrics, loop, evaluate, launch, train, ablation;
+generation: maskgit, sample, tokens, text, train_maskgit, evaluate_generation;
+pages and commands: pages, figures, report, execute, fetch, counting, rehearse, bench.
 
 Shapes are written with these letters everywhere:
 B batch, C latent channels, H W latent grid, p side of one level's token map, L tokens, K codes, D attention width;

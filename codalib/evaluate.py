@@ -15,14 +15,13 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from codalib.data import ImageDataset, evaluation_batches, load_dataset
-from codalib.features import weights_folder
+from codalib.features import find_weights, has_weights, weights_folder
 from codalib.losses import build_perceptual
-from codalib.maskgit import EMBEDDED_GENERATORS
 from codalib.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
 from codalib.released import open_tokenizer
 from codalib.runs import read_json, runs_folder, write_json
 from codalib.tokenizer import EMBEDDED_TOKENIZERS, CodaTokenizer
-from codalib.vae import PUBLISHED_VAES, ContinuousVAE, load_vae
+from codalib.vae import EMOJI_VAE, PUBLISHED_VAES, ContinuousVAE, load_vae
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class EvaluationSettings:
 
 def find_model(name: str) -> str:
     """Where a model of a profile lies: the name of a known one, below runs/ or the weights folder, or NAME itself."""
-    if name in {*PUBLISHED_VAES, *EMBEDDED_TOKENIZERS, *EMBEDDED_GENERATORS}:  # the embedded VAE is "emoji" too
+    if name in PUBLISHED_VAES or name in EMBEDDED_TOKENIZERS:  # the embedded VAE is "emoji" too
         return name
     for place in (runs_folder(name), weights_folder() / name):
         if place.exists():
@@ -128,12 +127,22 @@ def read_measured(
 
 def measured_file(folder: str | Path, name: str, path: str, settings: EvaluationSettings) -> Path:
     """Where a model's result lies; the name changes with everything that decides the numbers."""
-    place = EMBEDDED_TOKENIZERS.get(path, Path(find_model(path))).expanduser()
-    stamps = sorted((file.name, file.stat().st_mtime_ns) for file in place.rglob("*")) if place.is_dir() else []
     outer = {"batch_size", "workers"}
     inputs = {key: value for key, value in asdict(settings).items() if key not in outer}
-    mark = hashlib.sha256(json.dumps([inputs, str(place), stamps]).encode()).hexdigest()[:12]
+    mark = hashlib.sha256(json.dumps([inputs, file_stamps(path)]).encode()).hexdigest()[:12]
     return Path(folder) / "measured" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{mark}.json"
+
+
+def file_stamps(name: str) -> list[Any]:
+    """The files of a model named as `find_model` takes it, with the times of their last change."""
+    if name in EMBEDDED_TOKENIZERS:
+        places = [EMBEDDED_TOKENIZERS[name], EMOJI_VAE]
+    elif name in PUBLISHED_VAES:
+        places = [find_weights(name)] if has_weights(name) else []
+    else:
+        places = [Path(find_model(name)).expanduser()]
+    files = [file for place in places for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
+    return [*map(str, places), *((file.name, file.stat().st_mtime_ns) for file in files)]
 
 
 @torch.no_grad()

@@ -31,14 +31,13 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from tqdm.auto import tqdm
 
 from codalib.data import ImageDataset, evaluation_batches, load_dataset
-from codalib.evaluate import find_model
-from codalib.maskgit import EMBEDDED_GENERATORS, Condition, MaskGIT, split_levels
+from codalib.evaluate import file_stamps, find_model
+from codalib.maskgit import Condition, MaskGIT, split_levels
 from codalib.metrics import FrechetDistance, build_frechet, frechet_distance, precision_recall
 from codalib.released import open_tokenizer
 from codalib.runs import read_json, write_json
 from codalib.sample import generate, sample_generators
 from codalib.text import CaptionTable, build_text_encoder
-from codalib.tokenizer import EMBEDDED_TOKENIZERS
 from codalib.tokens import TokenCache, cache_tokens, check_generator, tokenizer_hash
 
 log = logging.getLogger(__name__)
@@ -252,7 +251,7 @@ def evaluate_generator(
     processes. One file a method below FOLDER holds its row and the protocol of each number.
 
     Args:
-        generator: a folder of `MaskGIT.save_pretrained` or an embedded name, looked for as `find_model` does; None
+        generator: a folder of `MaskGIT.save_pretrained`, looked for as `find_model` does; None
             measures the baselines alone.
         tokenizer: what `find_model` and then `codalib.released.open_tokenizer` take: the one that it was trained with.
         samplings: name -> how to draw.
@@ -310,18 +309,12 @@ def generated_file(
     """Where a method's result lies; the name changes with everything that decides the numbers."""
     models = [tokenizer] if sampling is None else [tokenizer, generator]
     drawn = None if sampling is None else asdict(sampling)
-    mark = _mark(_inputs(settings), drawn, [_stamps(model) for model in models])
+    mark = _mark(_inputs(settings), drawn, [file_stamps(model) for model in models])
     return Path(folder) / "generated" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{mark}.json"
 
 
 def _inputs(settings: GenerationSettings) -> dict[str, Any]:
     return {key: value for key, value in asdict(settings).items() if key not in ("batch_size", "workers")}
-
-
-def _stamps(model: str) -> list[Any]:
-    embedded = EMBEDDED_TOKENIZERS | EMBEDDED_GENERATORS
-    place = Path(embedded.get(model) or find_model(model)).expanduser()
-    return [str(place), *(sorted((p.name, p.stat().st_mtime_ns) for p in place.rglob("*")) if place.is_dir() else [])]
 
 
 def _mark(*parts: Any) -> str:

@@ -23,11 +23,6 @@ from codalib.runs import write_json
 # width, depth, heads. L is the paper's: 195M with 16,384 codes. The paper gives no size for S: this is the width and
 # the heads of U-ViT-S, beside which it stands in Table 5. XS is for the embedded emoji on a processor.
 PRESETS = {"L": (768, 24, 16), "S": (512, 12, 8), "XS": (256, 6, 4)}
-DATA = Path(__file__).parent.parent / "data"
-EMBEDDED_GENERATORS = {  # name -> folder; both were trained on the tokens of the tokenizer "emoji-small"
-    "emoji-class": DATA / "maskgit-emoji-class",
-    "emoji-text": DATA / "maskgit-emoji-text",
-}
 INITIAL_STD = 0.02
 MLP_RATIO = 4
 MASK_RATIOS = ("cosine", "beta")
@@ -335,13 +330,13 @@ class MaskGIT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MaskGIT":
-        """Load a folder written by `save_pretrained`, or an embedded model by name ("emoji-class", "emoji-text").
+        """Load a folder written by `save_pretrained`.
 
         In float32, frozen, in evaluation mode. `codalib.tokens.check_generator` makes sure that it fits a tokenizer.
 
         Raises ValueError where there is no model, or weights that do not fit its settings.
         """
-        path = EMBEDDED_GENERATORS.get(str(folder), Path(folder)).expanduser()
+        path = Path(folder).expanduser()
         if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
             raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
         config, state = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)

@@ -9,6 +9,7 @@ from codalib.evaluate import (
     EvaluationSettings,
     check_models,
     evaluate_models,
+    file_stamps,
     find_model,
     measured_file,
     present_models,
@@ -129,3 +130,8 @@ def test_wrong_models_are_one_sentence():
     with pytest.raises(ValueError, match="'b' is not here"):
         check_models({}, {"b": "nowhere/at/all"})
     check_models(VAES, TOKENIZERS)
+
+
+def test_the_files_behind_an_embedded_name_are_those_of_the_tokenizer_and_of_its_vae():
+    names = {part[0] for part in file_stamps("emoji") if isinstance(part, tuple)}
+    assert {"quantizer.safetensors", "diffusion_pytorch_model.safetensors"} <= names
