@@ -21,9 +21,12 @@ NEEDS = {
     "00_pretrain_vae": [],
     "01_train_tokenizer": [],
     "02_train_maskgit": [],
+    "03_text_to_image": [],
     "table1_ablation": ["01_train_tokenizer"],
     "table2_reconstruction": ["01_train_tokenizer"],
     "fig7_reconstructions": ["01_train_tokenizer"],
+    "table3_generation": [],
+    "fig7_samples": [],
 }
 STAGES = profile_stages(PROFILE, NEEDS)  # an unknown profile stops here, with the known ones named
 

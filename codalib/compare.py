@@ -15,6 +15,7 @@ HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 SIGNIFICANCE = 0.05
 SEEDS_FOR_A_TEST = 3  # below this the seeds are only compared in sign
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
+SHARES = ("utilization", "accuracy", "precision", "recall", "copies")  # columns with these words are shown in percent
 PAPER_PREFIX, SPREAD_SUFFIX = "paper_", "_std"
 
 
@@ -106,7 +107,7 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
         if column.endswith(SPREAD_SUFFIX) and column.removesuffix(SPREAD_SUFFIX) in frame:
             continue
         spread = frame.get(column + SPREAD_SUFFIX, pd.Series([None] * len(frame), index=frame.index))
-        share = "utilization" in column
+        share = any(word in column for word in SHARES)
         shown[label(column)] = [number(value, share, noise) for value, noise in zip(frame[column], spread, strict=True)]
     return shown
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from codalib.data import ImageDataset, evaluation_batches, load_dataset
 from codalib.features import find_weights, has_weights, weights_folder
 from codalib.losses import build_perceptual
+from codalib.maskgit import EMBEDDED_GENERATORS
 from codalib.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
 from codalib.released import open_tokenizer
 from codalib.runs import read_json, runs_folder, write_json
@@ -48,7 +49,7 @@ class EvaluationSettings:
 
 def find_model(name: str) -> str:
     """Where a model of a profile lies: the name of a known one, below runs/ or the weights folder, or NAME itself."""
-    if name in PUBLISHED_VAES or name in EMBEDDED_TOKENIZERS:  # the embedded VAE is "emoji" too
+    if name in {*PUBLISHED_VAES, *EMBEDDED_TOKENIZERS, *EMBEDDED_GENERATORS}:  # the embedded VAE is "emoji" too
         return name
     for place in (runs_folder(name), weights_folder() / name):
         if place.exists():
@@ -137,6 +138,8 @@ def file_stamps(name: str) -> list[Any]:
     """The files of a model named as `find_model` takes it, with the times of their last change."""
     if name in EMBEDDED_TOKENIZERS:
         places = [EMBEDDED_TOKENIZERS[name], EMOJI_VAE]
+    elif name in EMBEDDED_GENERATORS:
+        places = [EMBEDDED_GENERATORS[name]]
     elif name in PUBLISHED_VAES:
         places = [find_weights(name)] if has_weights(name) else []
     else:

@@ -251,7 +251,7 @@ def evaluate_generator(
     processes. One file a method below FOLDER holds its row and the protocol of each number.
 
     Args:
-        generator: a folder of `MaskGIT.save_pretrained`, looked for as `find_model` does; None
+        generator: a folder of `MaskGIT.save_pretrained` or an embedded name, looked for as `find_model` does; None
             measures the baselines alone.
         tokenizer: what `find_model` and then `codalib.released.open_tokenizer` take: the one that it was trained with.
         samplings: name -> how to draw.

@@ -42,7 +42,13 @@ REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 DIGITS_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # torch's habit: NAME-FIRST_DIGITS_OF_THE_SHA_256.pth
 PUBLISHED = ("kl16", "flux", "coda/mar_v16384", "coda/flux_v65536")
 PAPERS_MEASURES = ("dino_vits16", "vgg16_lpips", "inception_fid")  # of whoever trains or measures one of these
-OTHER_NAMES = {"dino": "dino_vits16", "perceptual_vgg": "vgg16_lpips", "rfid": "inception_fid"}  # in a profile
+OTHER_NAMES = {  # in a profile
+    "dino": "dino_vits16",
+    "perceptual_vgg": "vgg16_lpips",
+    "rfid": "inception_fid",
+    "fid": "inception_fid",
+    "clip": "clip_vit_l14",
+}
 
 
 class FetchError(Exception):

@@ -192,6 +192,48 @@ def ladder(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Figure:
     return figure
 
 
+@styled
+def sweep_lines(
+    rows: Sequence[Mapping[str, Any]],
+    x: str,
+    columns: Sequence[str],
+    by: Sequence[str],
+    levels: Mapping[str, Mapping[str, float]] | None = None,
+) -> Figure:
+    """How measures change with one setting, one panel a measure, one line a combination of the other settings.
+
+    Args:
+        rows: {setting: value, measure: number}.
+        x: the setting on the horizontal axis.
+        columns: the measures.
+        by: the other settings; those with one value in all rows are not named in the legend.
+        levels: name -> measures to be drawn as a horizontal line, such as a baseline's.
+    """
+    levels = levels or {}
+    varied = [name for name in by if len({row[name] for row in rows}) > 1]
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in varied), []).append(row)
+    figure = Figure(figsize=(min(WIDTH, 1.2 + 2.4 * len(columns)), 3.0 + 0.15 * len(groups)), layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False).flat, columns, strict=True):
+        for marker, (values, group) in zip("osD^vPX*" * len(groups), groups.items(), strict=False):
+            points = sorted((row[x], row[column]) for row in group)
+            text = ", ".join(_setting(name, value) for name, value in zip(varied, values, strict=True))
+            axes.plot(*zip(*points, strict=True), marker=marker, label=text or column.replace("_", " "))
+        for style, (name, measures) in zip(("--", ":", "-.") * len(levels), levels.items(), strict=False):
+            axes.axhline(measures[column], linestyle=style, color="#555555", linewidth=1, label=name)
+        name, direction = COLUMNS.get(column, (column.replace("_", " "), 0))
+        axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
+        axes.set(xlabel=x.replace("_", " "))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=7)
+    return figure
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"{value:g} {name}" if name == "steps" else f"{name} {value:g}" if isinstance(value, float) else str(value)
+
+
 def _short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 

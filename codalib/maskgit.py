@@ -29,6 +29,9 @@ MASK_RATIOS = ("cosine", "beta")
 BETA = (12, 3)  # the "beta" mask ratio's parameters, of the same authors' later work; integers, see `sample_mask`
 STORED_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EMBEDDED_GENERATORS = {  # name -> folder; of the tokenizer "emoji-small"
+    "emoji-class": Path(__file__).parents[1] / "data" / "maskgit-emoji-class",
+}
 
 
 class TextCondition(NamedTuple):
@@ -330,13 +333,13 @@ class MaskGIT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MaskGIT":
-        """Load a folder written by `save_pretrained`.
+        """Load a folder written by `save_pretrained`, or one of `EMBEDDED_GENERATORS` by its name.
 
         In float32, frozen, in evaluation mode. `codalib.tokens.check_generator` makes sure that it fits a tokenizer.
 
         Raises ValueError where there is no model, or weights that do not fit its settings.
         """
-        path = Path(folder).expanduser()
+        path = EMBEDDED_GENERATORS.get(str(folder), Path(folder).expanduser())
         if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
             raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
         config, state = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)

@@ -20,6 +20,10 @@ COLUMNS = {
     "fd_effnet": ("FD-EfficientNet", -1),
     "perceptual_vgg": ("LPIPS (VGG)", -1),
     "perceptual_effnet": ("EfficientNet distance", -1),
+    "inception_score": ("Inception Score", +1),
+    "precision": ("Precision", +1),
+    "recall": ("Recall", +1),
+    "class_accuracy": ("Asked class seen", +1),
 }
 
 

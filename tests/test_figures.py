@@ -57,6 +57,20 @@ def test_ladder_shows_means_and_leaves_gaps():
     assert [text.get_text() for text in psnr.texts] == ["20"]
 
 
+def test_a_sweep_has_a_line_for_each_of_the_other_settings():
+    rows = [
+        {"steps": steps, "order": "confidence", "guidance": guidance, "fid": steps + guidance}
+        for guidance in (2.0, 0.0)
+        for steps in (8, 32)
+    ]
+    figure = figures.sweep_lines(rows, "guidance", ["fid"], ("steps", "order"), {"tokenizer": {"fid": 1.0}})
+    eight, many, level = figure.axes[0].lines
+    assert list(eight.get_xdata()) == [0.0, 2.0]
+    assert list(many.get_ydata()) == [32.0, 34.0]
+    assert list(level.get_ydata()) == [1.0, 1.0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["8 steps", "32 steps", "tokenizer"]
+
+
 def test_the_same_drawing_gives_the_same_files(tmp_path):
     for name in ("a", "b"):
         files = figures.save_figure(figures.training_curves(LOG), tmp_path / name, "curves")

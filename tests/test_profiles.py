@@ -64,7 +64,7 @@ def test_a_profile_runs_the_stages_that_it_names(tmp_path, monkeypatch):
         stages("stages: [b]")
 
 
-IMAGENET = [path for path in PROFILES if path.stem.startswith("imagenet-")]
+IMAGENET = [path for path in PROFILES if path.stem.startswith("imagenet-")]  # the tokenizers
 
 
 @pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
