@@ -302,6 +302,7 @@ def test_a_profile_says_what_it_needs(tmp_path, monkeypatch):
 
     papers = ["dino_vits16", "inception_fid", "vgg16_lpips"]
     assert needs("01_train_tokenizer: {vae: kl16}") == [*papers, "kl16"]
+    assert needs("table: {frechet: fid, text_encoder: clip}") == ["inception_fid", "clip_vit_l14"]
     assert needs("table: {tokenizers: {theirs: coda/flux_v65536}, vaes: [flux-vae]}") == [
         *papers,
         "flux",

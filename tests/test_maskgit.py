@@ -2,8 +2,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from codalib.maskgit import MaskGIT, TextCondition, join_levels, sample_mask, split_levels, token_levels
+from codalib.maskgit import (
+    EMBEDDED_GENERATORS,
+    MaskGIT,
+    TextCondition,
+    join_levels,
+    sample_mask,
+    split_levels,
+    token_levels,
+)
 from codalib.quantize import FLUX_SCALES, MAR_SCALES
+from codalib.sample import generate
+from codalib.tokenizer import CodaTokenizer
+from codalib.tokens import check_generator
 
 SCALES = (1, 2, 3)  # 14 tokens
 K = 11
@@ -207,3 +218,15 @@ def test_a_condition_that_does_not_fit_is_one_sentence(settings, condition, mess
 def test_other_lengths_raise():
     with pytest.raises(ValueError, match=r"expected \(B, 14\)"):
         small().hidden(torch.zeros(2, 13, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", EMBEDDED_GENERATORS)
+def test_an_embedded_generator_draws_for_its_tokenizer(name):
+    tokenizer = CodaTokenizer.from_pretrained("emoji-small")
+    model = check_generator(MaskGIT.from_pretrained(name), tokenizer)
+    labels = torch.arange(model.num_classes)
+    assert len(model.info["classes"]) == len(labels) == 9
+    images = tokenizer.decode(generate(model, labels, steps=2, generator=torch.Generator().manual_seed(0)))
+    assert images.shape == (9, 3, 64, 64)
+    flags = images[model.info["classes"].index("Flags")]
+    assert flags.mean() < images.mean()  # a flag leaves little of the white ground
