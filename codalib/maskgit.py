@@ -136,6 +136,10 @@ class MaskGIT(nn.Module):
             averaged over the cells of coarser ones (the ablation). Both have an embedding for each level.
         code_values: (K, C) the tokenizer's values of the codes; projected, they join the learned embedding of each
             code, so that codes of like values start alike.
+        latent_context: what the visible tokens amount to joins the embeddings: at each place the sum of their code
+            values, which is the latent as far as it is known, and the levels that it is known at. The head's weights
+            get a part that is projected from the code values in turn. Neither is in the paper; a model that is trained
+            for minutes need not find out what the levels mean to each other. Needs `code_values`.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class MaskGIT(nn.Module):
         dropout: float = 0.1,
         level_positions: bool = True,
         code_values: Tensor | None = None,
+        latent_context: bool = False,
     ):
         super().__init__()
         if width % heads:
@@ -158,11 +163,14 @@ class MaskGIT(nn.Module):
             raise ValueError("num_classes and text_dim got, expected one of them: the condition is a class or a text")
         if code_values is not None and len(code_values) != codebook_size:
             raise ValueError(f"{len(code_values)} code values got, expected {codebook_size}, one a code")
+        if latent_context and code_values is None:
+            raise ValueError("latent_context got without code_values, expected both: it sums the codes' values")
         self.codebook_size, self.scales = codebook_size, tuple(int(p) for p in scales)
         self.width, self.depth, self.heads = width, depth, heads
         self.num_classes, self.text_dim = num_classes, text_dim
         self.dropout_rate, self.level_positions = dropout, level_positions
         self.code_channels = None if code_values is None else code_values.shape[1]
+        self.latent_context = latent_context
         self.info: dict[str, Any] = {}  # what else is saved beside the weights, such as the tokenizer's hash
 
         self.codes = nn.Embedding(codebook_size + 1, width)  # the last is the mask
@@ -181,6 +189,9 @@ class MaskGIT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.output_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, codebook_size)
+        if latent_context:
+            self.context = nn.Linear(self.code_channels + len(self.scales), width, bias=False)
+            self.head_projection = nn.Linear(self.code_channels, width, bias=False)
         self.apply(_initialise)
         nn.init.trunc_normal_(self.positions, std=INITIAL_STD)
         if text_dim is not None:
@@ -222,6 +233,8 @@ class MaskGIT(nn.Module):
         if dropped is None:
             dropped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         x = self._code_embeddings(tokens) + self.levels(self.token_levels) + self._position_embeddings()  # (B, L, D)
+        if self.latent_context:
+            x = x + self.context(self._known_latents(tokens))
         attended = None
         if isinstance(condition, TextCondition):
             prefix, visible = self._text_prefix(condition, dropped)
@@ -238,7 +251,7 @@ class MaskGIT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What `hidden` gave, at any positions (..., D) -> logits of the codes (..., K)."""
-        return self.head(hidden)
+        return F.linear(hidden, self._head_weight(), self.head.bias)
 
     def forward(
         self,
@@ -257,7 +270,7 @@ class MaskGIT(nn.Module):
             label_smoothing: share of the target that is spread evenly over all codes.
         """
         hidden = self.hidden(tokens.masked_fill(mask, self.mask_token), condition, dropped)
-        return linear_cross_entropy(hidden[mask], self.head.weight, tokens[mask], self.head.bias, label_smoothing)
+        return linear_cross_entropy(hidden[mask], self._head_weight(), tokens[mask], self.head.bias, label_smoothing)
 
     def check_condition(self, condition: Condition, batch: int) -> None:
         """Raise ValueError unless the condition is of the model's kind, for BATCH samples, and in range."""
@@ -289,6 +302,25 @@ class MaskGIT(nn.Module):
         values = F.pad(self.code_projection(self.code_values), (0, 0, 0, 1))  # (K + 1, D), nothing for the mask
         return F.embedding(tokens, self.codes.weight + values)
 
+    def _head_weight(self) -> Tensor:
+        if not self.latent_context:
+            return self.head.weight
+        return self.head.weight + self.head_projection(self.code_values)  # (K, D)
+
+    @torch.no_grad()
+    def _known_latents(self, tokens: Tensor) -> Tensor:
+        """At each place the values of the visible tokens of all levels, and which levels are visible: (B, L, C + l).
+
+        Levels are brought to the finest map as the quantizer does, and the sum to each level's map by its mean.
+        """
+        values = F.pad(self.code_values, (0, 0, 0, 1))  # (K + 1, C), nothing for the mask
+        visible = (tokens != self.mask_token).float()[..., None] * F.one_hot(self.token_levels, len(self.scales))
+        known, side = torch.cat([F.embedding(tokens, values), visible], dim=2), max(self.scales)  # (B, L, C + l)
+        maps = [level.movedim(-1, 1) for level in split_levels(known, self.scales)]  # (B, C + l, p, p)
+        whole = sum(m if m.shape[-1] == side else F.interpolate(m, size=(side, side), mode="bicubic") for m in maps)
+        pooled = [whole if p == side else F.adaptive_avg_pool2d(whole, p) for p in self.scales]
+        return torch.cat([level.flatten(2) for level in pooled], dim=2).transpose(1, 2)
+
     def _position_embeddings(self) -> Tensor:
         if self.level_positions:
             return self.positions  # (L, D)
@@ -315,6 +347,7 @@ class MaskGIT(nn.Module):
             "text_dim": self.text_dim,
             "dropout": self.dropout_rate,
             "level_positions": self.level_positions,
+            "latent_context": self.latent_context,
         }
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:

@@ -40,6 +40,7 @@ class MaskGITSettings(LoopSettings):
     condition: str = "class"  # "class", "text" or "none"
     level_positions: bool = True  # position embeddings of each level's own; False: one set (ablation)
     code_embeddings: bool = False  # the tokenizer's code values join the learned embeddings
+    latent_context: bool = False  # what the visible tokens sum up to joins the embeddings; needs code_embeddings (ours)
     mask_ratio: str = "cosine"  # how the share of hidden tokens is drawn: "cosine" or "beta" (12, 3)
     coarse_first: float = 0.0  # share of masks whose visible tokens fill the levels coarse to fine
     label_smoothing: float = 0.1
@@ -71,6 +72,7 @@ class MaskGITSettings(LoopSettings):
             dropout=self.dropout,
             level_positions=self.level_positions,
             code_values=cache.code_values if self.code_embeddings else None,
+            latent_context=self.latent_context,
             **{name: value for name, value in size.items() if value is not None},
         )
 

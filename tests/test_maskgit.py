@@ -11,7 +11,7 @@ from codalib.maskgit import (
     split_levels,
     token_levels,
 )
-from codalib.quantize import FLUX_SCALES, MAR_SCALES
+from codalib.quantize import FLUX_SCALES, MAR_SCALES, ResidualNearestQuantizer
 from codalib.sample import generate
 from codalib.tokenizer import CodaTokenizer
 from codalib.tokens import check_generator
@@ -168,6 +168,36 @@ def test_code_values_join_the_embeddings_but_not_the_masks():
     torch.testing.assert_close(embedded[:K], model.codes.weight[:K] + values @ model.code_projection.weight.T)
     with pytest.raises(ValueError, match="3 code values got, expected 11"):
         small(code_values=values[:3])
+
+
+def test_the_known_latents_are_the_quantizers_sum_of_the_visible_tokens():
+    quantizer = ResidualNearestQuantizer(4, K, SCALES)
+    tokens, mask = batch()
+    model = small(code_values=quantizer._project_codes()[1].detach(), latent_context=True)
+    known = model._known_latents(tokens.masked_fill(mask, K))
+    shown = split_levels(tokens.masked_fill(mask, -1), SCALES)
+    expected = quantizer.decode(shown, partial=True)  # (B, 4, 3, 3)
+    start = 0
+    for p in SCALES:
+        part, start = known[:, start : start + p * p].transpose(1, 2).unflatten(2, (p, p)), start + p * p
+        torch.testing.assert_close(part[:, :4], F.interpolate(expected, size=(p, p), mode="area"))
+    everything = model._known_latents(tokens)
+    torch.testing.assert_close(everything[..., 4:], torch.ones(*tokens.shape, len(SCALES)))
+    assert model._known_latents(torch.full_like(tokens, K)).abs().max() == 0
+    with pytest.raises(ValueError, match="latent_context got without code_values"):
+        small(latent_context=True)
+
+
+def test_with_latent_context_the_loss_is_that_of_the_logits_and_it_is_saved(tmp_path):
+    model, (tokens, mask) = small(code_values=torch.randn(K, 4), latent_context=True), batch()
+    logits = model.logits(model.hidden(tokens.masked_fill(mask, K)))[mask]
+    loss = model(tokens, mask, label_smoothing=0.0)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, tokens[mask]))
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in (model.context.weight, model.head_projection.weight))
+    model.save_pretrained(tmp_path / "model")
+    again = MaskGIT.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(again.logits(again.hidden(tokens)), model.logits(model.hidden(tokens)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
