@@ -70,8 +70,11 @@ def beside_paper(
     """
     published = {row.method: row.published() for row in table}
 
+    def named(row: Mapping[str, Any]) -> str:  # names of the paper's hold commas too
+        return row["method"] if row["method"] in published else row["method"].partition(",")[0]
+
     def line(row: Mapping[str, Any]) -> dict[str, Any]:
-        theirs, values = published.get(_named(row), {}), {"method": row["method"]}
+        theirs, values = published.get(named(row), {}), {"method": row["method"]}
         for measure, column in columns.items():
             values[measure] = row.get(measure)
             if measure in DESCRIPTIONS and values[measure] is None:
@@ -83,14 +86,10 @@ def beside_paper(
     if not whole:
         return pd.DataFrame([line(row) for row in rows])
     order = list(published)
-    measured = {_named(row) for row in rows if row["method"] in published}  # these have a line of their own
+    measured = {named(row) for row in rows if row["method"] in published}  # these have a line of their own
     everything = [*({"method": method} for method in order if method not in measured), *rows]
     place = {method: i for i, method in enumerate(order)}
-    return pd.DataFrame([line(row) for row in sorted(everything, key=lambda r: place.get(_named(r), len(order)))])
-
-
-def _named(row: Mapping[str, Any]) -> str:
-    return row["method"].partition(",")[0]
+    return pd.DataFrame([line(row) for row in sorted(everything, key=lambda r: place.get(named(r), len(order)))])
 
 
 def label(column: str) -> str:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from codalib.compare import beside_paper, clock, judge, label, markdown_table, number, readable, size
-from codalib.paper import TABLE_1, TABLE_2
+from codalib.paper import TABLE_1, TABLE_2, TABLE_3
 
 
 @pytest.mark.parametrize(
@@ -121,3 +121,13 @@ def test_markdown_tables_keep_their_columns():
 def test_times_and_sizes():
     assert [clock(s) for s in (None, 5, 65.4, 3720)] == ["", "5 s", "1 min 5 s", "1 h 2 min"]
     assert [size(b) for b in (None, 5_000_000, 2_340_000_000)] == ["", "5 MB", "2.3 GB"]
+
+
+def test_the_papers_own_names_may_hold_commas():
+    rows = [{"method": "CODA MaskGIT-L, 8 steps", "fid": 3.0}, {"method": "ours, 8 steps", "fid": 50.0}]
+    frame = beside_paper(rows, TABLE_3, {"fid": "fid"}, whole=True).set_index("method")
+    assert frame.loc["CODA MaskGIT-L, 8 steps"].tolist() == [3.0, 3.17]
+    assert frame.loc["CODA MaskGIT-L, 32 steps", "paper_fid"] == 2.66
+    assert frame.loc["LDM-4-G", "paper_fid"] == 3.60
+    assert frame.loc["LDM-4-G, DPM-Solver", "paper_fid"] == 4.56
+    assert list(frame.index)[-1] == "ours, 8 steps"
