@@ -56,6 +56,10 @@ class MaskGITSettings(LoopSettings):
                 f"preset {self.preset!r} and mask_ratio {self.mask_ratio!r} got, expected one of {', '.join(PRESETS)} "
                 f"and one of {', '.join(MASK_RATIOS)}"
             )
+        if self.latent_context and not self.code_embeddings:
+            raise ValueError(
+                "latent_context is on and code_embeddings off, expected both on: it sums the codes' values"
+            )
         for name in ("label_smoothing", "dropout", "condition_dropout", "coarse_first"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")

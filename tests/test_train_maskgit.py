@@ -195,7 +195,13 @@ def test_the_defaults_are_the_papers():
     paper = MaskGITSettings()
     assert (paper.steps, paper.batch_size * 8, paper.learning_rate, paper.preset) == (500_000, 2048, 4e-4, "L")
     assert (paper.betas, paper.label_smoothing, paper.dropout, paper.condition_dropout) == ((0.9, 0.96), 0.1, 0.1, 0.1)
-    for wrong in ({"condition": "image"}, {"preset": "M"}, {"mask_ratio": "sine"}, {"dropout": 1.5}):
+    for wrong in (
+        {"condition": "image"},
+        {"preset": "M"},
+        {"mask_ratio": "sine"},
+        {"dropout": 1.5},
+        {"latent_context": True},
+    ):
         with pytest.raises(ValueError, match="expected"):
             MaskGITSettings(**wrong)
 
