@@ -19,10 +19,15 @@ PYTHON = sys.executable
 # tokenizer of 149 tokens are in data/.
 NEEDS = {
     "00_pretrain_vae": [],
+    "01_fit_quantizers": [],
     "01_train_tokenizer": [],
     "02_train_maskgit": [],
     "03_text_to_image": [],
-    "table1_ablation": ["01_train_tokenizer"],
+    "fig3_latent_space": ["01_fit_quantizers"],
+    "fig4_levels": ["01_fit_quantizers"],
+    "fig5_confidence": ["01_fit_quantizers"],
+    "fig6_dynamics": ["01_fit_quantizers"],
+    "table1_ablation": ["01_fit_quantizers", "01_train_tokenizer"],
     "table2_reconstruction": ["01_train_tokenizer"],
     "fig7_reconstructions": ["01_train_tokenizer"],
     "table3_generation": [],

@@ -20,7 +20,7 @@ PAPER_PREFIX, SPREAD_SUFFIX = "paper_", "_std"
 
 
 def judge(
-    claim: str, improvements: Sequence[float], effect: str, margin: float = 0.0, detail: str = ""
+    claim: str, improvements: Sequence[float], effect: str, margin: float = 0.0, detail: str = "", setting: str = ""
 ) -> dict[str, str]:
     """The verdict on a claim of the paper, computed from what the runs measured.
 
@@ -31,9 +31,10 @@ def judge(
         effect: the measured effect in words and numbers.
         margin: a mean improvement no larger than this, either way, decides nothing.
         detail: what else a reader should know.
+        setting: of a claim that is judged more than once, what this time is, such as "at the paper's setting".
 
     From three seeds on, a one-sided t-test of the improvements against 0 decides (p < 0.05); below that, all seeds must
-    agree. Returns {"id", "verdict", "effect", "detail"} for `Run.finish`.
+    agree. Returns {"id", "setting", "verdict", "effect", "detail"} for `Run.finish`.
     """
     if claim not in CLAIMS:
         raise ValueError(f"There is no claim {claim!r}; paper.py has {', '.join(CLAIMS)}.")
@@ -51,7 +52,39 @@ def judge(
         how = f"{len(values)} seeds, no test." if len(values) > 1 else "One seed, so its spread is not known."
     decided = abs(values.mean()) > margin or not margin
     verdict = HOLDS if better and decided else FAILS if worse and decided else UNDECIDED
-    return {"id": claim, "verdict": verdict, "effect": effect, "detail": f"{detail} {how}".strip()}
+    detail = f"{detail} {how}".strip()
+    return {"id": claim, "setting": setting, "verdict": verdict, "effect": effect, "detail": detail}
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str] = ("method",)) -> list[dict[str, Any]]:
+    """One row for all rows that agree in BY: the means of their numbers, and with several rows each one's `X_std`.
+
+    A column "seed" goes; "seeds" says how many rows there were.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    merged = []
+    for values, group in groups.items():
+        line: dict[str, Any] = dict(zip(by, values, strict=True)) | {"seeds": len(group)}
+        for name in group[0]:
+            if name in by or name == "seed":
+                continue
+            own = [row[name] for row in group]
+            if any(value is None or isinstance(value, str | bool) for value in own):
+                line[name] = own[0] if all(value == own[0] for value in own) else None
+                continue
+            line[name] = float(np.mean(own))
+            if len(own) > 1:
+                line[name + SPREAD_SUFFIX] = float(np.std(own, ddof=1))
+        merged.append(line)
+    return merged
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    """Some seeds' values in words: their mean, and with several their standard deviation."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else None
+    return number(float(np.mean(values)), spread=deviation) + unit
 
 
 def beside_paper(
@@ -66,7 +99,8 @@ def beside_paper(
             `DESCRIPTIONS` is what a method is and not how well it does: ours or the paper's, in one column.
         whole: show the methods of TABLE that the run has not measured too, ours after those of the same name.
 
-    Returns a frame with "method", then each measure followed by "paper_COLUMN"; gaps are NaN.
+    Returns a frame with "method", then each measure, with its `X_std` where the rows have one, followed by
+    "paper_COLUMN"; gaps are NaN.
     """
     published = {row.method: row.published() for row in table}
 
@@ -77,6 +111,8 @@ def beside_paper(
         theirs, values = published.get(named(row), {}), {"method": row["method"]}
         for measure, column in columns.items():
             values[measure] = row.get(measure)
+            if measure + SPREAD_SUFFIX in row:
+                values[measure + SPREAD_SUFFIX] = row[measure + SPREAD_SUFFIX]
             if measure in DESCRIPTIONS and values[measure] is None:
                 values[measure] = theirs.get(column)
             elif measure not in DESCRIPTIONS and column:

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,32 @@ def measure(
             out = model(pictures, generator=noise)
             measures.update(pictures, out.reconstruction, out.latents, out.quantized, out.indices)
     return measures.compute()
+
+
+@torch.no_grad()
+def measure_levels(
+    model: CodaTokenizer,
+    images: ImageDataset,
+    measures: Sequence[ReconstructionMetrics],
+    batch_size: int = 64,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """Measure what the first k levels alone give, one set of `measures` for each k from 1 to the number of levels.
+
+    Images are encoded once, with the noise that `measure` gives them. Raises ValueError on another number of `measures`.
+    """
+    if len(measures) != len(model.quantizer.scales):
+        raise ValueError(f"{len(measures)} sets of measures got, expected {len(model.quantizer.scales)}, one a level")
+    device = next(model.parameters()).device
+    for batch in tqdm(evaluation_batches(images, batch_size), total=-(-len(images) // batch_size), desc="levels"):
+        pictures = batch["image"].to(device)
+        noise = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in batch["index"].tolist()]
+        latents = model.vae.encode(pictures, generator=noise)
+        indices = model.quantizer.encode(latents)
+        for level, own in zip(range(1, len(model.quantizer.scales) + 1), measures, strict=True):
+            quantized = model.quantizer.decode(indices, levels=level)
+            own.update(pictures, model.vae.decode(quantized), latents, quantized)
+    return [own.compute() for own in measures]
 
 
 def _measures(

@@ -1,6 +1,7 @@
 """Every plot: functions of plain data that return matplotlib figures, in one style and colour-blind-safe colours."""
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -12,6 +13,7 @@ import numpy as np
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from codalib import pages
 from codalib.paper import COLUMNS
@@ -230,6 +232,56 @@ def sweep_lines(
     return figure
 
 
+@styled
+def embedding_panels(
+    background: np.ndarray, panels: Sequence[Mapping[str, np.ndarray]], rows: Sequence[str] = (), colour: str = BLUE
+) -> Figure:
+    """Small multiples of points in one embedding, each over the same pale background.
+
+    Args:
+        background: (N, 2) of what all panels are compared with.
+        panels: one mapping a row, title -> points (M, 2).
+        rows: a label for each row.
+    """
+    columns = max(map(len, panels))
+    height = WIDTH / columns * len(panels) + 0.25
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    low, high = background.min(axis=0), background.max(axis=0)
+    margin = 0.08 * (high - low)
+    for line, (row, own) in zip(
+        figure.subplots(len(panels), columns, squeeze=False), itertools.zip_longest(rows, panels), strict=True
+    ):
+        for axes, (title, points) in itertools.zip_longest(line, own.items(), fillvalue=("", np.zeros((0, 2)))):
+            axes.scatter(*background.T, s=2, color="#C9CED2", linewidths=0, rasterized=True)
+            axes.scatter(*points.T, s=3, color=colour, linewidths=0, alpha=0.7, rasterized=True)
+            axes.set(xticks=[], yticks=[], xlim=(low[0] - margin[0], high[0] + margin[0]))
+            axes.set_ylim(low[1] - margin[1], high[1] + margin[1])
+            axes.set_title(title, fontsize=8)
+            axes.grid(visible=False)
+        if row:
+            line[0].set_ylabel(row, fontsize=8)
+    return figure
+
+
+@styled
+def confidence_curves(scores: Mapping[str, np.ndarray], units: Mapping[str, str]) -> Figure:
+    """The scores of the surest codes, one panel a method, one line a feature (Figure 5).
+
+    Args:
+        scores: method -> (features, codes), the surest code first.
+        units: method -> what its scores are.
+    """
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    for axes, (method, values) in zip(figure.subplots(1, len(scores), squeeze=False).flat, scores.items(), strict=True):
+        ranks = np.arange(1, values.shape[1] + 1)
+        axes.plot(ranks, values.T, color=METHOD_COLOURS.get(method, BLUE), alpha=0.4, linewidth=0.8)
+        axes.plot(ranks, values.mean(axis=0), color="#222222", linewidth=1.4, label=f"mean of {len(values)}")
+        axes.set(title=method, xlabel="code, by rank", ylabel=units[method])
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    return figure
+
+
 def _setting(name: str, value: Any) -> str:
     return f"{value:g} {name}" if name == "steps" else f"{name} {value:g}" if isinstance(value, float) else str(value)
 
@@ -249,6 +301,20 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> dict[str, str]
         with mpl.rc_context(STYLE), atomic_write(Path(folder) / files[kind], "wb") as file:
             figure.savefig(file, format=kind, metadata=metadata)
     return files
+
+
+def save_animation(frames: Sequence[Figure], folder: str | Path, name: str, seconds: float = 0.8) -> dict[str, str]:
+    """Write figures of one size as NAME.gif, each shown for SECONDS and the last three times as long: {"gif": name}."""
+    pictures = []
+    for frame in frames:
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            frame.savefig(buffer, format="png")
+        pictures.append(Image.open(buffer).convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+    times = [round(1000 * seconds)] * (len(pictures) - 1) + [round(3000 * seconds)]
+    with atomic_write(Path(folder) / f"{name}.gif", "wb") as file:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    return {"gif": f"{name}.gif"}
 
 
 def show(figure: Figure, caption: str, alt: str) -> None:

@@ -391,3 +391,22 @@ def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = 3, ch
         return torch.cat(inside).double().mean().item()
 
     return covered(samples, reference), covered(reference, samples)
+
+
+def coverage(reference: Tensor, samples: Tensor, neighbours: int = 3, chunk: int = 1024) -> float:
+    """Share of the references (N, D) that have a sample (M, D) within the distance to their `neighbours`-th nearest
+    other reference (arXiv:2002.09797).
+
+    Unlike the recall of `precision_recall` it needs no distances between samples, and so holds for quantized ones,
+    many of which are equal. As many samples of the references' own distribution reach about 1 - 2^-neighbours.
+    """
+    if len(reference) <= neighbours or not len(samples):
+        raise ValueError(
+            f"got {len(reference)} references and {len(samples)} samples, expected more than neighbours = {neighbours} "
+            "references and a sample"
+        )
+    found = []
+    for part in reference.split(chunk):
+        radius = torch.cdist(part, reference).kthvalue(neighbours + 1).values  # the nearest is the point itself
+        found.append(torch.cdist(part, samples).min(dim=1).values <= radius)
+    return torch.cat(found).double().mean().item()

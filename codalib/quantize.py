@@ -105,6 +105,11 @@ class ResidualQuantizer(nn.Module):
         """Tokens of one image: the sum of p^2 over the levels."""
         return sum(p * p for p in self.scales)
 
+    @property
+    def code_values(self) -> Tensor:
+        """What each code adds to the latents, (K, C): its vector; with attention the projected values of Eq. 6."""
+        return self._project_codes()[1].detach().float()
+
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantize latents (B, C, H, W), H = W = scales[-1]; raises ValueError on any other shape."""
         residual = self._checked_latents(latents)

@@ -5,6 +5,7 @@ It reads only the `manifest.json` of each stage in `runs/PROFILE/` and the files
 
 import html
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,17 +101,20 @@ def _link(stage: Stage, folder: Path, text: str = "") -> str:
 
 
 def _glance(stages: Sequence[Stage]) -> str:
-    """One sentence on the claims: how many were checked, and how they came out."""
-    verdicts = [claim["verdict"] for stage in stages for claim in stage.results("claims")]
-    if not verdicts:
+    """One sentence on the claims: how many were checked, and how the verdicts came out."""
+    found = [claim for stage in stages for claim in stage.results("claims")]
+    if not found:
         return ""
+    verdicts, claims = [claim["verdict"] for claim in found], len({claim["id"] for claim in found})
     counts = []
     for verdict, (style, *words) in VERDICTS.items():
         count = verdicts.count(verdict)
         counts.append(f'<span class="{style}">{count} {words[count != 1]}</span>')
-    return (
-        "<p><strong>What this run found.</strong> "
-        f"Of {len(verdicts)} checked claims of the paper, {', '.join(counts)}.</p>"
+    return "<p><strong>What this run found.</strong> " + (
+        f"Of {claims} checked claims of the paper, {', '.join(counts)}.</p>"
+        if claims == len(verdicts)
+        else f"{claims} claims of the paper were checked, some in more than one setting: of {len(verdicts)} "
+        f"verdicts, {', '.join(counts)}.</p>"
     )
 
 
@@ -124,9 +128,12 @@ def _claims(stages: Sequence[Stage], folder: Path) -> str:
             claim, style = CLAIMS[result["id"]], VERDICTS[result["verdict"]][0]
             checked.add(claim.id)
             caution = f'<p class="quiet">Caution: {pages.inline(claim.caution)}</p>' if claim.caution else ""
+            setting = result.get("setting", "")
+            anchor = "-".join(("claim", claim.id, *re.findall(r"[a-z]+", setting)))
+            verdict = result["verdict"].capitalize() + (f" ({pages.inline(setting)})" if setting else "")
             items.append(
-                f'<li class="{style}-mark" id="claim-{claim.id}">'
-                f'<p><span class="{style}">{result["verdict"].capitalize()}.</span> {pages.inline(claim.statement)}</p>'
+                f'<li class="{style}-mark" id="{anchor}">'
+                f'<p><span class="{style}">{verdict}.</span> {pages.inline(claim.statement)}</p>'
                 f"<p>Measured: {pages.inline(str(result.get('effect', '')))}</p>"
                 f'<p class="quiet">{pages.inline(result.get("detail", ""))} Paper: {claim.source}; {_published(claim)}'
                 f"notebook {_link(stage, folder)}.</p>{caution}</li>"
@@ -186,7 +193,7 @@ def _table(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
 
 def _figure(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
     links = []
-    for kind in ("png", "svg"):
+    for kind in ("png", "svg", "gif"):
         if kind in result:
             name = f"{stage.name}-{Path(result[kind]).name}"
             with atomic_write(folder / "figures" / name, "wb") as file:

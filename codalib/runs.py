@@ -23,6 +23,7 @@ from typing import IO, Any
 
 MANIFEST = "manifest.json"
 RESULTS = ("tables", "figures", "metrics", "claims")  # what a stage may hand to the report
+FILES = ("file", "png", "svg", "gif")  # keys of a result that name files
 LIBRARIES = ("codalib", "torch", "torchvision", "diffusers", "peft", "accelerate", "timm", "torchmetrics", "numpy")
 PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, type(None))  # what papermill can inject
 IPYTHON_NAMES = {"In", "Out"}
@@ -275,16 +276,16 @@ class Run:
     def finish(self, results: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Record the end of the run and its RESULTS, and return the manifest.
 
-        RESULTS may hold "tables" [{"file", "title", "caption"}], "figures" [{"png", "svg", "caption", "alt"}],
-        "metrics" {name: number} and "claims" [{"id", "verdict", "effect", "detail"}]; files are named relative to the
-        folder and must exist. Anything else raises ValueError.
+        RESULTS may hold "tables" [{"file", "title", "caption"}], "figures" [{"png", "svg", "caption", "alt"} and for an
+        animation "gif"], "metrics" {name: number} and "claims" [{"id", "verdict", "effect", "detail"}]; files are named
+        relative to the folder and must exist. Anything else raises ValueError.
         """
         results = dict(results or {})
         unknown = results.keys() - set(RESULTS)
         if unknown:
             raise ValueError(f"A run's results hold {', '.join(RESULTS)}, got {', '.join(sorted(unknown))}.")
         rows = (*results.get("tables", ()), *results.get("figures", ()))
-        missing = [row[key] for row in rows for key in ("file", "png", "svg") if key in row and not self._has(row[key])]
+        missing = [row[key] for row in rows for key in FILES if key in row and not self._has(row[key])]
         if missing:
             raise ValueError(f"The results name files that are not in {self.folder}: {', '.join(missing)}.")
         self.manifest |= {

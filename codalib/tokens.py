@@ -165,14 +165,8 @@ def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dat
         return
     write_json(folder / CAPTIONS, [item.captions for item in dataset.items])
     with atomic_write(folder / CODES, "wb") as file:
-        file.write(save({"values": code_values(tokenizer).cpu().numpy()}))
+        file.write(save({"values": tokenizer.quantizer.code_values.cpu().numpy()}))
     write_json(folder / MANIFEST, manifest)  # last: where it is, the others are
-
-
-@torch.no_grad()
-def code_values(tokenizer: CodaTokenizer) -> Tensor:
-    """What each code adds to the latents, (K, C) float32: for attention the projected values of Eq. 6."""
-    return tokenizer.quantizer._project_codes()[1].detach().float()
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from codalib.data import ImageDataset, evaluation_batches, training_batches
@@ -27,6 +29,7 @@ from codalib.losses import (
 )
 from codalib.metrics import ReconstructionMetrics, psnr
 from codalib.quantize import ResidualQuantizer, quantizer_from_config
+from codalib.runs import atomic_write
 from codalib.tokenizer import CodaTokenizer
 from codalib.vae import ADAPTED_LAYERS, ContinuousVAE, add_adapters, last_decoder_adapter, load_vae
 
@@ -230,21 +233,29 @@ def encode_images(
 
 
 def fit_quantizer(
-    settings: QuantizerSettings, latents: Tensor, folder: str | Path, val_latents: Tensor | None = None
+    settings: QuantizerSettings,
+    latents: Tensor,
+    folder: str | Path,
+    val_latents: Tensor | None = None,
+    snapshots: Sequence[int] = (),
 ) -> ResidualQuantizer:
     """Train a quantizer on latents (N, C, H, W) alone, with the quantization and entropy terms of Eq. 9-11.
 
     The image terms of Eq. 9 are left out, which makes a step two orders of magnitude cheaper: the way to compare
     quantizers on a frozen VAE and to give `train_tokenizer` a start. Resumes what `folder` holds; returns the averaged
-    weights where `settings.ema` asks for them.
+    weights where `settings.ema` asks for them. The weights after each number of steps in `snapshots` (0: before
+    training; not averaged) stay in `folder` as snapshot-STEP.safetensors.
     """
+    if odd := [step for step in snapshots if not 0 <= step < settings.steps]:
+        raise ValueError(f"snapshots after {odd} steps asked for, expected from 0 to below {settings.steps}, the steps")
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator("float32")  # the quantizer computes in float32 anyway
     quantizer = settings.build_quantizer(latents.shape[1]).to(accelerator.device)
     optimizer = torch.optim.AdamW(
         quantizer.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
     )
-    loop = Loop(settings, folder, accelerator, quantizer, {"quantizer": optimizer}, latents=_checksum(latents))
+    inputs = {"latents": _checksum(latents)} | ({"snapshots": list(snapshots)} if snapshots else {})
+    loop = Loop(settings, folder, accelerator, quantizer, {"quantizer": optimizer}, **inputs)
     weights = LossWeights(quantization=settings.quantization_weight, entropy=settings.entropy_weight)
 
     def batches(first: int):
@@ -254,6 +265,9 @@ def fit_quantizer(
             first += 1
 
     def train_step(micro_batches: list[Tensor], step: int) -> dict[str, Tensor]:
+        if step in snapshots:
+            with atomic_write(Path(folder) / f"snapshot-{step}.safetensors", "wb") as file:
+                file.write(save({name: value.detach().cpu() for name, value in quantizer.state_dict().items()}))
         for i, batch in enumerate(micro_batches):
             output = quantizer(batch.to(accelerator.device))
             terms = {"quantization": output.quantization_loss, "entropy": output.entropy_loss}

@@ -4,7 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from codalib.compare import beside_paper, clock, judge, label, markdown_table, number, readable, size
+from codalib.compare import (
+    beside_paper,
+    clock,
+    judge,
+    label,
+    markdown_table,
+    number,
+    over_seeds,
+    readable,
+    size,
+    spread,
+)
 from codalib.paper import TABLE_1, TABLE_2, TABLE_3
 
 
@@ -131,3 +142,22 @@ def test_the_papers_own_names_may_hold_commas():
     assert frame.loc["LDM-4-G", "paper_fid"] == 3.60
     assert frame.loc["LDM-4-G, DPM-Solver", "paper_fid"] == 4.56
     assert list(frame.index)[-1] == "ours, 8 steps"
+
+
+def test_rows_of_several_seeds_become_a_mean_and_a_spread():
+    rows = [
+        {"method": "a", "seed": 0, "psnr": 1.0, "note": "x", "gap": None},
+        {"method": "a", "seed": 1, "psnr": 3.0, "note": "x", "gap": 1.0},
+        {"method": "b", "seed": 0, "psnr": 5.0, "note": "y", "gap": 2.0},
+    ]
+    first, second = over_seeds(rows)
+    assert first == {"method": "a", "seeds": 2, "psnr": 2.0, "psnr_std": 2**0.5, "note": "x", "gap": None}
+    assert second == {"method": "b", "seeds": 1, "psnr": 5.0, "note": "y", "gap": 2.0}
+    frame = beside_paper([first], TABLE_1, {"psnr": "psnr"})
+    assert list(readable(frame)["PSNR (dB)"]) == ["2 ± 1.4"]
+    assert spread([1.0, 3.0], " dB") == "2 ± 1.4 dB"
+    assert spread([1.0]) == "1"
+
+
+def test_a_verdict_names_its_setting():
+    assert judge("residual_error", [0.1], "effect", setting="tuned")["setting"] == "tuned"

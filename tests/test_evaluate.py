@@ -11,12 +11,14 @@ from codalib.evaluate import (
     evaluate_models,
     file_stamps,
     find_model,
+    measure,
+    measure_levels,
     measured_file,
     present_models,
     read_measured,
 )
 from codalib.launch import launch
-from codalib.metrics import psnr
+from codalib.metrics import ReconstructionMetrics, psnr
 from codalib.tokenizer import CodaTokenizer
 from codalib.vae import load_vae
 
@@ -135,3 +137,15 @@ def test_wrong_models_are_one_sentence():
 def test_the_files_behind_an_embedded_name_are_those_of_the_tokenizer_and_of_its_vae():
     names = {part[0] for part in file_stamps("emoji") if isinstance(part, tuple)}
     assert {"quantizer.safetensors", "diffusion_pytorch_model.safetensors"} <= names
+
+
+def test_the_levels_together_are_the_whole(tmp_path):
+    model, images = CodaTokenizer.from_pretrained("emoji"), SETTINGS.load_images()
+    found = measure_levels(model, images, [ReconstructionMetrics(frechet=None) for _ in range(10)], batch_size=3)
+    whole = measure(model, images, ReconstructionMetrics(1024, 10, frechet=None), batch_size=4)
+    for name in ("psnr", "ssim", "quantization_error"):
+        assert found[-1][name] == pytest.approx(whole[name], rel=1e-4)
+    errors = [row["quantization_error"] for row in found]
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(ValueError, match="1 sets of measures got, expected 10"):
+        measure_levels(model, images, [ReconstructionMetrics(frechet=None)], batch_size=7)

@@ -92,3 +92,36 @@ def test_a_shown_figure_carries_its_caption_and_alternative_text(monkeypatch):
     figures.show(figures.training_curves(LOG), "Curves of $l_1$.", 'it "falls"')
     assert 'alt="it &quot;falls&quot;"' in shown[0]
     assert "<figcaption>Curves of <math" in shown[0]
+
+
+def test_points_stand_over_one_background_in_every_panel():
+    cloud = np.random.default_rng(0).normal(size=(30, 2))
+    figure = figures.embedding_panels(cloud, [{"a": cloud[:3], "b": cloud[:4]}, {"c": cloud[:5]}], ["one", "two"])
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b", "c", ""]
+    for axes, count in zip(figure.axes, (3, 4, 5, 0), strict=True):
+        background, points = axes.collections
+        assert np.array_equal(background.get_offsets(), cloud)
+        assert len(points.get_offsets()) == count
+        assert axes.get_xlim() == figure.axes[0].get_xlim()
+    assert figure.axes[2].get_ylabel() == "two"
+
+
+def test_confidence_has_a_line_for_each_feature_and_their_mean():
+    scores = {"by distance": np.array([[1.0, 2.0], [3.0, 4.0]])}
+    figure = figures.confidence_curves(scores, {"by distance": "distance"})
+    (axes,) = figure.axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1, 2], [3, 4], [2, 3]]
+    assert axes.get_ylabel() == "distance"
+
+
+def test_an_animation_shows_its_frames_in_turn(tmp_path):
+    cloud = np.random.default_rng(0).normal(size=(30, 2))
+    frames = [figures.embedding_panels(cloud, [{"step": cloud[:count]}]) for count in (1, 20)]
+    name = figures.save_animation(frames, tmp_path, "a", seconds=0.5)["gif"]
+    with Image.open(tmp_path / name) as picture:
+        assert picture.n_frames == 2
+        first = np.asarray(picture.convert("RGB")).copy()
+        assert picture.info["duration"] == 500
+        picture.seek(1)
+        assert (np.asarray(picture.convert("RGB")) != first).any()
+        assert picture.info["duration"] == 1500

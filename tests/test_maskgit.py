@@ -173,7 +173,7 @@ def test_code_values_join_the_embeddings_but_not_the_masks():
 def test_the_known_latents_are_the_quantizers_sum_of_the_visible_tokens():
     quantizer = ResidualNearestQuantizer(4, K, SCALES)
     tokens, mask = batch()
-    model = small(code_values=quantizer._project_codes()[1].detach(), latent_context=True)
+    model = small(code_values=quantizer.code_values, latent_context=True)
     known = model._known_latents(tokens.masked_fill(mask, K))
     shown = split_levels(tokens.masked_fill(mask, -1), SCALES)
     expected = quantizer.decode(shown, partial=True)  # (B, 4, 3, 3)

@@ -282,3 +282,14 @@ def test_precision_and_recall():
     assert recall < 0.2
     with pytest.raises(ValueError, match="more than neighbours"):
         metrics.precision_recall(cloud[:3], other)
+
+
+def test_coverage_is_the_share_of_references_with_a_sample_close_by():
+    line = torch.arange(8.0)[:, None]  # the third-nearest other of an end is 3 away, of the others 2
+    assert metrics.coverage(line, line[[0]], neighbours=3) == 3 / 8  # 0, 1 and 2
+    assert metrics.coverage(line, line[[0]].repeat(5, 1)) == 3 / 8  # equal samples count once
+    cloud = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    assert metrics.coverage(cloud[:300], cloud[300:], chunk=64) == pytest.approx(1 - 2**-3, abs=0.05)
+    assert metrics.coverage(cloud, cloud + 100) == 0
+    with pytest.raises(ValueError, match="more than neighbours = 3"):
+        metrics.coverage(cloud[:3], cloud)

@@ -88,7 +88,7 @@ def test_decode_of_encode_is_the_forward_value(kind, scales, backend):
 def test_k_levels_are_the_first_k_partial_sums(kind):
     q, x = small(kind), latents()
     indices = q.encode(x)
-    values = q._project_codes()[1]
+    values = q.code_values
     total = torch.zeros_like(x)
     for k, level in enumerate(indices, start=1):
         total = total + F.interpolate(values[level].permute(0, 3, 1, 2), size=(5, 5), mode="bicubic")

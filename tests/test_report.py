@@ -59,6 +59,20 @@ def test_each_verdict_stands_with_its_effect_and_the_papers_numbers(soup):
     assert f"Not checked in this run: {len(CLAIMS) - 3}" in soup.get_text()
 
 
+def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
+    settings = ("paper's setting", "best of its sweep")
+    claims = [judge("residual_error", [gain], "x", setting=s) for gain, s in zip((0.1, -0.1), settings, strict=True)]
+    Run("twice/table1", "table1", {}, seed=0).finish({"claims": claims})
+    soup = BeautifulSoup(report.build("twice").read_text(), "html.parser")
+    items = {item["id"]: item.get_text(" ") for item in soup.select(".claims li")}
+    assert "Holds (paper's setting)." in items["claim-residual_error-paper-s-setting"]
+    assert "Does not hold (best of its sweep)." in items["claim-residual_error-best-of-its-sweep"]
+    assert "of 2 verdicts, 1 holds, 1 does not hold, 0 are undecided" in soup.get_text()
+    assert f"Not checked in this run: {len(CLAIMS) - 1}" in soup.get_text()
+
+
 def test_the_runs_numbers_stand_beside_the_papers(soup):
     table = soup.find("h3", string="Table 1").find_next("table")
     head, *rows = ([cell.get_text() for cell in row.find_all(["th", "td"])] for row in table.find_all("tr"))
