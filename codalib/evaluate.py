@@ -190,7 +190,7 @@ def measure_levels(
 ) -> list[dict[str, float]]:
     """Measure what the first k levels alone give, one set of `measures` for each k from 1 to the number of levels.
 
-    Images are encoded once, with the noise that `measure` gives them. Raises ValueError on another number of `measures`.
+    Images are encoded once, with the noise that `measure` gives them. Another number of `measures` raises ValueError.
     """
     if len(measures) != len(model.quantizer.scales):
         raise ValueError(f"{len(measures)} sets of measures got, expected {len(model.quantizer.scales)}, one a level")

@@ -108,9 +108,10 @@ def train_maskgit(
     Args:
         train, val: of one tokenizer; `val` gives the validation loss alone.
         encoder: the captions', with `condition="text"`; frozen, on the device that is to encode.
-        start: go on from this model's weights; of the settings' size.
+        start: go on from this model's weights: of the settings' size and the same tokenizer. Where its condition is of
+            another kind (classes, and now captions), what reads the condition starts anew.
     Raises:
-        ValueError: caches of two tokenizers, or no encoder for text.
+        ValueError: caches of two tokenizers, no encoder for text, or a start that does not fit.
         NonFiniteLoss: the loss is not finite.
     """
     if train.tokenizer != val.tokenizer:
@@ -127,9 +128,7 @@ def train_maskgit(
     accelerator = make_accelerator(settings.precision)
     model = settings.build_model(train, None if encoder is None else encoder.dim)
     if start is not None:
-        if start.config() != model.config():
-            raise ValueError(f"the given model is {start.config()}, the settings ask for {model.config()}")
-        model.load_state_dict(start.state_dict())
+        _take_weights(model, start, train.tokenizer)
     model.info = {
         "tokenizer": train.tokenizer,
         "classes": train.classes,
@@ -186,21 +185,41 @@ def train_maskgit(
     return model.eval().requires_grad_(False)
 
 
+def _take_weights(model: MaskGIT, start: MaskGIT, tokenizer: str) -> None:
+    """Give MODEL the weights of START, but for the parts of a condition that START has not."""
+    if start.info.get("tokenizer") != tokenizer:
+        raise ValueError(
+            f"the given model's tokens are of the tokenizer {start.info.get('tokenizer')}, the cache's of {tokenizer}, "
+            "expected the same: start from a model of this tokenizer, or without one"
+        )
+    free = {"num_classes", "text_dim", "dropout"}
+    theirs, ours = ({k: v for k, v in m.config().items() if k not in free} for m in (start, model))
+    if theirs != ours:
+        odd = ", ".join(f"{name} {theirs[name]} and {ours[name]}" for name in ours if theirs[name] != ours[name])
+        raise ValueError(f"the given model and the settings differ in {odd}: expected the same, see its config.json")
+    state = model.state_dict()
+    fitting = {k: v for k, v in start.state_dict().items() if k in state and v.shape == state[k].shape}
+    model.load_state_dict(state | fitting)
+
+
 def train_and_save(
     settings: MaskGITSettings,
     train: str | Path,
     val: str | Path,
     folder: str | Path,
     encoder: str | None = None,
+    start: str | Path | None = None,
     dtype: str = "float16",
 ) -> None:
     """`train_maskgit` on the caches TRAIN and VAL, saved as FOLDER/generator; for `codalib.launch.launch`.
 
-    `encoder` is what `codalib.text.build_text_encoder` takes, `dtype` how the weights are stored.
+    `encoder` is what `codalib.text.build_text_encoder` takes, `start` what `MaskGIT.from_pretrained` takes, `dtype` how
+    the weights are stored.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     text = None if encoder is None else build_text_encoder(encoder).to(state.device)
-    model = train_maskgit(settings, TokenCache.open(train), TokenCache.open(val), folder, text)
+    first = None if start is None else MaskGIT.from_pretrained(start)
+    model = train_maskgit(settings, TokenCache.open(train), TokenCache.open(val), folder, text, first)
     if state.is_main_process:
         model.save_pretrained(Path(folder) / "generator", dtype)
     state.wait_for_everyone()

@@ -149,8 +149,20 @@ def test_going_on_from_other_weights(trained, caches, tmp_path):
     still = dataclasses.replace(SMALL, steps=1, learning_rate=0.0)
     model = train_maskgit(still, *caches, tmp_path, start=trained[0])
     assert all(torch.equal(value, weights(model)[name]) for name, value in weights(trained[0]).items())
-    with pytest.raises(ValueError, match="the settings ask for"):
-        train_maskgit(dataclasses.replace(still, depth=1), *caches, tmp_path, start=trained[0])
+    with pytest.raises(ValueError, match=r"differ in depth \d and 3: expected the same"):
+        train_maskgit(dataclasses.replace(still, depth=3), *caches, tmp_path, start=trained[0])
+    others = [random_cache(tmp_path / name, tokenizer="def") for name in ("train", "val")]
+    with pytest.raises(ValueError, match="of the tokenizer abc, the cache's of def"):
+        train_maskgit(still, *others, tmp_path, start=trained[0])
+
+
+def test_captions_can_follow_classes(trained, caches, tmp_path):
+    still = dataclasses.replace(SMALL, steps=1, learning_rate=0.0, condition="text")
+    model = train_maskgit(still, *caches, tmp_path, encoder=LetterText(), start=trained[0])
+    before, after = weights(trained[0]), weights(model)
+    assert before.keys() - after.keys() == {"classes.weight"}
+    assert after.keys() - before.keys() == {"text.0.weight", "text.0.bias", "text.1.weight", "text.1.bias", "no_text"}
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
 
 
 def test_validation_is_the_mean_over_hidden_tokens_and_shared_by_processes(trained, caches):
