@@ -21,6 +21,7 @@ NEEDS = {
     "00_pretrain_vae": [],
     "01_fit_quantizers": [],
     "01_train_tokenizer": [],
+    "01_train_variants": [],
     "02_train_maskgit": [],
     "03_text_to_image": [],
     "fig3_latent_space": ["01_fit_quantizers"],
@@ -31,6 +32,7 @@ NEEDS = {
     "table2_reconstruction": ["01_train_tokenizer"],
     "fig7_reconstructions": ["01_train_tokenizer"],
     "table3_generation": [],
+    "table4_ablations": ["01_train_variants"],
     "fig7_samples": [],
 }
 STAGES = profile_stages(PROFILE, NEEDS)  # an unknown profile stops here, with the known ones named

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -11,16 +9,12 @@ from codalib.ablation import (
     PAPER,
     RESIDUAL,
     VQ,
-    approximation,
     best,
     chosen,
-    code_spread,
-    features_of,
     fit_methods,
     load_trials,
     paper_setting,
     save_trials,
-    sharpness,
     sweep,
 )
 from codalib.train import QuantizerSettings
@@ -118,59 +112,6 @@ def test_trials_are_read_as_they_were_written(fitted, latents, tmp_path):
             assert torch.equal(weights(left), weights(right))
     with pytest.raises(ValueError, match="01_fit_quantizers"):
         load_trials(tmp_path / "nothing")
-
-
-def test_features_are_positions(latents):
-    features = features_of(latents)
-    assert features.shape == (640, 4)
-    assert torch.equal(features[17], latents[1, :, 0, 1])
-    drawn = features_of(latents, 600)
-    assert len(drawn.unique(dim=0)) == 600
-    with pytest.raises(ValueError, match="at most 640"):
-        features_of(latents, 641)
-
-
-def test_an_approximation_of_few_values_covers_little(latents):
-    same = approximation(latents, latents, 200)
-    assert same["quantization_error"] == 0
-    assert same["latent_distance"] == pytest.approx(0, abs=1e-5)
-    assert same["distinct"] == 1
-    assert same["coverage"] == pytest.approx(1 - 2**-3, abs=0.06)
-    rounded = approximation(latents, latents.sign() / 2, 200)
-    assert rounded["distinct"] == 16 / 640
-    assert rounded["coverage"] < 0.5
-    assert rounded["latent_distance"] > 0.1
-
-
-def test_sharpness_is_that_of_shares_written_out(fitted, latents):
-    trial = chosen(fitted, ONE_LEVEL_ATTENTION, BEST)[0]
-    features, attn = features_of(latents), trial.quantizer.attn
-    logits = attn.queries(features) @ attn.keys(trial.quantizer.codebooks.weight).T * 32**-0.5
-    expected = logits.softmax(1)
-    found = sharpness(trial.quantizer, latents)
-    assert found["top_share"] == pytest.approx(expected.max(1).values.mean().item(), rel=1e-5)
-    assert found["assignment_entropy"] == pytest.approx(torch.special.entr(expected).sum(1).mean().item(), rel=1e-5)
-
-    trial = chosen(fitted, VQ, BEST)[0]
-    squared = torch.cdist(features, trial.quantizer.codebooks.weight).square()
-    variance = squared.min(1).values.mean() / 4
-    expected = (-squared / (2 * variance)).softmax(1)
-    found = sharpness(trial.quantizer, latents)
-    assert found["top_share"] == pytest.approx(expected.max(1).values.mean().item(), rel=1e-4)
-    assert 0 < found["assignment_entropy"] < math.log(16)
-
-
-def test_codes_that_are_latents_cover_them(fitted, latents):
-    quantizer = chosen(fitted, VQ, BEST)[0].quantizer
-    with torch.no_grad():
-        quantizer.codebooks.weight.copy_(features_of(latents, 16, seed=9))
-    close = code_spread(quantizer, latents)
-    with torch.no_grad():
-        quantizer.codebooks.weight.copy_(torch.ones(16, 4))
-    clump = code_spread(quantizer, latents)
-    assert close["coverage"] > clump["coverage"]
-    assert close["latent_distance"] < clump["latent_distance"]
-    assert clump["utilization"] == 1 / 16
 
 
 def test_one_level_and_residual_are_told_apart():
