@@ -74,9 +74,10 @@ def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str] = ("method",
             if any(value is None or isinstance(value, str | bool) for value in own):
                 line[name] = own[0] if all(value == own[0] for value in own) else None
                 continue
-            line[name] = float(np.mean(own))
+            same = all(value == own[0] for value in own)  # exactly, without the rounding of a mean
+            line[name] = float(own[0] if same else np.mean(own))
             if len(own) > 1:
-                line[name + SPREAD_SUFFIX] = float(np.std(own, ddof=1))
+                line[name + SPREAD_SUFFIX] = 0.0 if same else float(np.std(own, ddof=1))
         merged.append(line)
     return merged
 

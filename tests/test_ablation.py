@@ -117,3 +117,12 @@ def test_trials_are_read_as_they_were_written(fitted, latents, tmp_path):
 def test_one_level_and_residual_are_told_apart():
     assert METHODS[VQ] == ("nearest", False)
     assert METHODS[RESIDUAL] == ("nearest", True)
+
+
+def test_the_embedded_quantizers_are_whole():
+    trials, vae = load_trials("emoji")
+    assert vae == "emoji"
+    for method in METHODS:
+        for setting in (BEST, PAPER):
+            assert len(chosen(trials, method, setting)) >= 3
+    assert chosen(trials, VQ, BEST)[0].snapshots
