@@ -28,6 +28,7 @@ METHOD_COLOURS = {
     "Vector quantization": ORANGE,
     "+ residual quantization": SKY,
     "+ attention quantization": BLUE,
+    "Attention quantization, one level": PURPLE,
     "+ adapted VAE": GREEN,
 }
 STYLE = {
@@ -221,12 +222,15 @@ def sweep_lines(
         for marker, (values, group) in zip("osD^vPX*" * len(groups), groups.items(), strict=False):
             points = sorted((row[x], row[column]) for row in group)
             text = ", ".join(_setting(name, value) for name, value in zip(varied, values, strict=True))
-            axes.plot(*zip(*points, strict=True), marker=marker, label=text or column.replace("_", " "))
+            colour = METHOD_COLOURS.get(text)  # None: the next of the cycle
+            axes.plot(*zip(*points, strict=True), marker=marker, label=text or column.replace("_", " "), color=colour)
         for style, (name, measures) in zip(("--", ":", "-.") * len(levels), levels.items(), strict=False):
             axes.axhline(measures[column], linestyle=style, color="#555555", linewidth=1, label=name)
         name, direction = COLUMNS.get(column, (column.replace("_", " "), 0))
         axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
         axes.set(xlabel=x.replace("_", " "))
+        if all(isinstance(row[x], int) for row in rows):
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=7)
     return figure
