@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from codalib.baselines import LibraryQuantizer
 from codalib.quantize import ResidualQuantizer, quantizer_from_config
 from codalib.runs import write_json
 from codalib.vae import ADAPTER_CONFIG, ContinuousVAE, load_adapters, load_vae, save_adapters
@@ -46,7 +47,7 @@ class CodaTokenizer(nn.Module):
         ValueError: the two do not fit.
     """
 
-    def __init__(self, vae: ContinuousVAE, quantizer: ResidualQuantizer):
+    def __init__(self, vae: ContinuousVAE, quantizer: ResidualQuantizer | LibraryQuantizer):
         super().__init__()
         if vae.latent_channels != quantizer.latent_channels:
             raise ValueError(

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from codalib.baselines import LIBRARY_KINDS
 from codalib.data import ImageDataset, evaluation_batches, training_batches
 from codalib.discriminator import build_discriminator, frozen, real_and_fake
 from codalib.evaluate import measure
@@ -169,7 +170,7 @@ def latent_std(vae: ContinuousVAE, dataset: ImageDataset, batch_size: int, batch
 class QuantizerSettings(LoopSettings):
     """Settings of `fit_quantizer`; the defaults are the release's for MAR with 65,536 codes."""
 
-    kind: str = "attention"  # "attention" (CODA) or "nearest" (the VQ baseline)
+    kind: str = "attention"  # "attention" (CODA), "nearest" (the VQ baseline) or one of codalib.baselines
     codebook_size: int = 65536  # K
     scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each level; the last is the latent grid's
     attention_dim: int = 32  # D
@@ -182,7 +183,9 @@ class QuantizerSettings(LoopSettings):
 
     def build_quantizer(self, latent_channels: int) -> ResidualQuantizer:
         """A fresh quantizer of these settings."""
-        names = ["kind", "codebook_size", "scales", "beta"]
+        names = ["kind", "codebook_size", "scales"]
+        if self.kind not in LIBRARY_KINDS:
+            names.append("beta")
         if self.kind == "attention":
             names += ["attention_dim", "norm", "entropy_temperature"]
         config = {name: getattr(self, name) for name in names}
