@@ -49,6 +49,19 @@ def count_operations() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm})
 
 
+def training_operations(tokenizer: CodaTokenizer, images: Tensor) -> int:
+    """Operations of one forward and backward pass over images (B, 3, h, w), an image.
+
+    Of VAE, adapters and quantizer alone: the networks of perceptual and adversarial terms are left out, as they are the
+    same for every tokenizer.
+    """
+    with count_operations() as counter:
+        out = tokenizer(images)
+        ((out.reconstruction - images).square().mean() + out.quantization_loss).backward()
+    tokenizer.zero_grad(set_to_none=True)
+    return counter.get_total_flops() // len(images)
+
+
 def assignment_operations(tokens: int, codes: int, width: int, channels: int) -> int:
     """Operations of the matrix products that assign tokens to codes, forward and backward.
 

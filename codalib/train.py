@@ -32,8 +32,10 @@ from codalib.metrics import ReconstructionMetrics, psnr
 from codalib.quantize import ResidualQuantizer, quantizer_from_config
 from codalib.runs import atomic_write
 from codalib.tokenizer import CodaTokenizer
-from codalib.vae import ADAPTED_LAYERS, ContinuousVAE, add_adapters, last_decoder_adapter, load_vae
+from codalib.vae import ADAPTED_LAYERS, ContinuousVAE, add_adapters, fresh_copy, last_decoder_adapter, load_vae
 
+# For `TokenizerSettings.adapters`: nothing is adapted, a VAE of the same architecture is trained from random weights.
+SCRATCH = "scratch"
 INITIAL_LOGVAR = -6.0  # of the posterior: sampling noise far below the latents' spread, so that early steps learn
 
 
@@ -196,7 +198,7 @@ class QuantizerSettings(LoopSettings):
 class TokenizerSettings(QuantizerSettings):
     """Settings of `train_tokenizer`; the defaults are the release's for MAR (paper section 5.1, Eq. 9)."""
 
-    adapters: str = "both"  # which part of the VAE is adapted: "both", "encoder", "decoder", "none"
+    adapters: str = "both"  # part of the VAE that is adapted: "both", "encoder", "decoder", "none"; see also SCRATCH
     rank: int = 32  # of the adapters
     adapted_layers: tuple[str, ...] = ADAPTED_LAYERS  # a convolution is adapted when its name contains one of these
     l1_weight: float = 0.2
@@ -300,6 +302,18 @@ def latent_scores(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int
     return {"quantization_error": error / latents.numel(), "utilization": used.double().mean().item()}
 
 
+def untrained_tokenizer(settings: TokenizerSettings, vae: ContinuousVAE) -> CodaTokenizer:
+    """What `train_tokenizer` starts from: a copy of the VAE, with adapters or new weights, and a fresh quantizer.
+
+    The quantizer draws its weights from torch's generator before the VAE does.
+    """
+    quantizer = settings.build_quantizer(vae.latent_channels)
+    if settings.adapters == SCRATCH:
+        return CodaTokenizer(fresh_copy(vae), quantizer)
+    adapted = add_adapters(copy.deepcopy(vae), settings.adapters, settings.rank, settings.adapted_layers)
+    return CodaTokenizer(adapted, quantizer)
+
+
 def train_tokenizer(
     settings: TokenizerSettings,
     vae: ContinuousVAE,
@@ -311,7 +325,7 @@ def train_tokenizer(
     """Adapt a continuous VAE into a discrete tokenizer with the losses of Eq. 9-11, resuming what `folder` holds.
 
     Args:
-        vae: frozen and without adapters; it is copied.
+        vae: frozen and without adapters; it is copied. With `adapters=SCRATCH` its architecture alone is taken.
         quantizer: a start for the quantizer, of the settings' kind and size (from `fit_quantizer`); None starts from
             scratch, as the paper does.
     Returns:
@@ -322,13 +336,17 @@ def train_tokenizer(
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator(settings.precision)
     val.check_share(accelerator.num_processes)
-    fresh = settings.build_quantizer(vae.latent_channels)
+    tokenizer = untrained_tokenizer(settings, vae)
     if quantizer is not None:
-        if quantizer.config() != fresh.config():
-            raise ValueError(f"the given quantizer is {quantizer.config()}, the settings ask for {fresh.config()}")
-        fresh.load_state_dict(quantizer.state_dict())
-    adapted = add_adapters(copy.deepcopy(vae), settings.adapters, settings.rank, settings.adapted_layers)
-    tokenizer = CodaTokenizer(adapted, fresh).to(accelerator.device)
+        ours, theirs = tokenizer.quantizer.config(), quantizer.config()
+        if theirs != ours:
+            raise ValueError(f"the given quantizer is {theirs}, the settings ask for {ours}")
+        tokenizer.quantizer.load_state_dict(quantizer.state_dict())
+    tokenizer.to(accelerator.device)
+    if settings.adapters == SCRATCH:
+        anchor = tokenizer.vae.autoencoder.decoder.conv_out.weight  # VQGAN's own choice
+    else:
+        anchor = last_decoder_adapter(tokenizer.vae)
     trained = [p for p in tokenizer.parameters() if p.requires_grad]
     weights = settings.weights
     perceptual = build_perceptual(settings.perceptual_network, weights.perceptual)
@@ -384,7 +402,6 @@ def train_tokenizer(
             with frozen(critic) as judge, accelerator.autocast():
                 adversarial = generator_hinge(judge(output.reconstruction))
             # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
-            anchor = last_decoder_adapter(adapted)
             adaptive = adaptive_weight(
                 weighted_sum(terms, weights), adversarial, output.quantized if anchor is None else anchor
             )
@@ -443,7 +460,8 @@ def train_and_save(
     tokenizer = train_tokenizer(settings, load_vae(base), train, val, folder, quantizer)
     state = PartialState()
     if state.is_main_process:
-        tokenizer.save_pretrained(Path(folder) / "tokenizer", base=base)
+        own = settings.adapters == SCRATCH  # a VAE of its own is stored with it
+        tokenizer.save_pretrained(Path(folder) / "tokenizer", base=None if own else base)
     state.wait_for_everyone()
 
 

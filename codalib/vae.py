@@ -28,6 +28,7 @@ ADAPTED_PARTS = {"both": ("encoder", "decoder"), "encoder": ("encoder",), "decod
 # Parts of a convolution's name. The release adapts these of MAR's VAE, and conv1 and conv2 alone of FLUX's.
 ADAPTED_LAYERS = ("conv1", "conv2", "upsample", "downsample")
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapters.safetensors", "adapters.json"
+NO_NOISE = -40.0  # a logarithmic variance below diffusers' clamp at -30, where it gets no gradient and stays
 
 
 class ContinuousVAE(nn.Module):
@@ -197,6 +198,24 @@ def add_adapters(
     inject_adapter_in_model(config, vae.autoencoder)
     vae.adapter_settings = {"where": where, "rank": rank, "layers": list(layers)}
     return vae
+
+
+def fresh_copy(vae: ContinuousVAE) -> ContinuousVAE:
+    """A VAE of the same architecture with new random weights, all trainable: the start of a tokenizer from scratch.
+
+    Its posterior has no noise and its latents no scale: what a discrete tokenizer in VQGAN's way (arXiv:2012.09841)
+    rounds is the encoder's output itself.
+    """
+    fresh = ContinuousVAE(copy.deepcopy(vae.autoencoder))
+    for module in fresh.autoencoder.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh.autoencoder.register_to_config(scaling_factor=1.0, shift_factor=None)
+    last = fresh.autoencoder.quant_conv or fresh.autoencoder.encoder.conv_out
+    with torch.no_grad():  # the half that gives the posterior's logarithmic variance
+        last.weight[vae.latent_channels :] = 0
+        last.bias[vae.latent_channels :] = NO_NOISE
+    return fresh.train().requires_grad_(True)
 
 
 def adapter_parameters(vae: ContinuousVAE) -> list[nn.Parameter]:

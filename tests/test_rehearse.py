@@ -1,6 +1,7 @@
 """The rehearsal, on tiny networks: it runs the real training code, counts rightly, and says what is not real."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -15,7 +16,8 @@ from codalib.fetch import needed
 from codalib.layouts import CONFIGS
 from codalib.rehearse_page import page
 from codalib.runs import project_folder, read_json, settings_from
-from codalib.train import TokenizerSettings
+from codalib.train import TokenizerSettings, untrained_tokenizer
+from codalib.vae import load_vae
 
 PROFILES = sorted(path.stem for path in (project_folder() / "profiles").glob("*.yaml"))
 TINY_KL16 = CONFIGS["ldm"] | {"block_out_channels": (4, 4, 8, 8, 8), "norm_num_groups": 4, "sample_size": 64}
@@ -167,3 +169,21 @@ def test_kept_for_backward_counts_each_storage_once_and_no_parameter():
     leaf = x.detach().requires_grad_(True)
     (plain(leaf) ** 2).exp().sum().backward()
     torch.testing.assert_close(leaf.grad, x.grad)
+
+
+def test_training_from_scratch_takes_more_operations_than_adapting():
+    vae, images = load_vae("emoji"), torch.zeros(2, 3, 64, 64)
+    settings = TokenizerSettings(steps=1, batch_size=1, codebook_size=32, scales=(1, 8), rank=2)
+
+    def count(batch, **changes):
+        tokenizer = untrained_tokenizer(dataclasses.replace(settings, **changes), vae)
+        found = counting.training_operations(tokenizer, batch)
+        assert all(p.grad is None for p in tokenizer.parameters())
+        return found
+
+    adapted = count(images)
+    assert count(images[:1]) == pytest.approx(adapted, rel=0.01)  # an image's, whatever the batch
+    assert count(images, adapters="none") < count(images, adapters="decoder") < adapted
+    forward_and_backward = 3  # of every layer; a frozen layer spares the gradient of its weights
+    plain = count(images, adapters="none")
+    assert plain < count(images, adapters="scratch") < forward_and_backward * plain

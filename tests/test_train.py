@@ -10,12 +10,14 @@ from codalib.losses import NonFiniteLoss
 from codalib.metrics import ReconstructionMetrics
 from codalib.tokenizer import CodaTokenizer
 from codalib.train import (
+    SCRATCH,
     PretrainSettings,
     QuantizerSettings,
     TokenizerSettings,
     encode_images,
     fit_quantizer,
     pretrain_vae,
+    train_and_save,
     train_tokenizer,
 )
 from codalib.vae import load_vae
@@ -111,6 +113,22 @@ def test_a_frozen_vae_and_weights_of_zero_load_no_network(vae, images, tmp_path)
     tokenizer = train_tokenizer(settings, vae, *images, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(tokenizer.vae.parameters(), vae.parameters(), strict=True))
     assert not {"perceptual_effnet", "adversarial", "discriminator"} & read_log(tmp_path)[0].keys()
+
+
+def test_a_tokenizer_from_scratch_trains_every_weight_and_brings_its_own_vae(vae, images, tmp_path):
+    settings = dataclasses.replace(SMALL, steps=2, adapters=SCRATCH, kind="nearest", scales=(8,), perceptual_weight=0.0)
+    train_and_save(settings, "emoji", *images, tmp_path)
+    tokenizer = CodaTokenizer.from_pretrained(tmp_path / "tokenizer")
+    ours, theirs = tokenizer.vae.state_dict(), vae.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(not torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("conv1.weight"))
+    picture = torch.stack([images[0][i]["image"] for i in range(4)])
+    assert torch.allclose(tokenizer.vae.encode(picture), tokenizer.vae.encode(picture), atol=1e-5)  # no noise
+    start = dataclasses.replace(settings, steps=1, learning_rate=0.0, ema=0.0)
+    still = state(train_tokenizer(start, vae, *images, tmp_path / "still"))
+    moved = state(train_tokenizer(dataclasses.replace(start, learning_rate=0.01), vae, *images, tmp_path / "moved"))
+    changed = {name for name in still if not torch.equal(still[name], moved[name])}
+    assert {name.split(".")[2] for name in changed if name.startswith("vae.")} >= {"encoder", "decoder"}
 
 
 def test_fitting_a_quantizer_lowers_its_error(vae, images, tmp_path):

@@ -1,8 +1,20 @@
+import json
+
 import pytest
 
 from codalib.runs import runs_folder
 from codalib.train import TokenizerSettings
-from codalib.variants import table_4_rows, tokenizer_variants, variant_row, write_variants
+from codalib.variants import (
+    baseline_curves,
+    baseline_rows,
+    baseline_tokenizers,
+    pixel_error,
+    steps_to_reach,
+    table_4_rows,
+    tokenizer_variants,
+    variant_row,
+    write_variants,
+)
 
 SETTINGS = TokenizerSettings(steps=1, batch_size=1, codebook_size=64)
 
@@ -31,7 +43,7 @@ def test_the_base_stands_in_each_table_and_a_variant_in_its_own(tmp_path, monkey
     rows = [(row["table"], row["method"]) for row in table_4_rows("x")]
     assert rows == [("4a", "both"), ("4a", "decoder"), ("4b", "64"), ("4b", "256"), ("4c", "rms"), ("4c", "none")]
     assert table_4_rows("x")[1]["tokenizer"] == str(runs_folder("x") / "adapters decoder/tokenizer")
-    with pytest.raises(ValueError, match="01_train_variants wrote"):
+    with pytest.raises(ValueError, match="the folder of 01_train_variants"):
         table_4_rows("y")
 
 
@@ -41,3 +53,54 @@ def test_the_embedded_tokenizer_is_one_row_of_each_table():
         ("4b", "1024"),
         ("4c", "rms"),
     ]
+
+
+def test_baselines_have_a_quantizer_of_their_own_and_the_same_decoder_adapters():
+    settings = TokenizerSettings(steps=5, batch_size=1, codebook_size=256, scales=(1, 2, 8))
+    found = baseline_tokenizers(settings, ["rvq", "fsq"], levels=3, longer=6)
+    assert list(found) == ["CODA", "CODA, decoder adapted", "VQGAN-style", "VQ", "Residual VQ", "FSQ"]
+    assert found["CODA"] == settings
+    assert found["VQGAN-style"].steps == 30
+    assert found["VQGAN-style"].adapters == "scratch"
+    for name in ("CODA, decoder adapted", "VQ", "Residual VQ", "FSQ"):
+        assert (found[name].adapters, found[name].rank, found[name].steps) == ("decoder", settings.rank, 5)
+    assert [own.build_quantizer(16).tokens for own in found.values()] == [69, 69, 64, 64, 192, 192]
+    with pytest.raises(ValueError, match="expected some of rvq, rotation"):
+        baseline_tokenizers(settings, ["pq"], levels=3, longer=6)
+
+
+def test_a_budget_is_the_steps_to_the_others_end():
+    def curve(method, seed, points):
+        return [{"method": method, "seed": seed, "steps": step, "val_psnr": value} for step, value in points]
+
+    fast = curve("fast", 0, [(5, 10.0), (10, 20.0)]) + curve("fast", 1, [(10, 30.0)])
+    slow = curve("slow", 0, [(20, 15.0), (40, 25.0), (60, 19.0)])
+    assert steps_to_reach(fast + slow, "slow", "fast") == ([3.0], True)  # at 30 steps, between 20 and 40
+    never = slow + curve("slow", 1, [(20, 15.0), (70, 29.0)])
+    assert steps_to_reach(fast + never, "slow", "fast") == ([3.0, 7.0], False)
+    assert steps_to_reach(fast, "slow", "fast") == ([], True)
+
+
+def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    common = {"method": "CODA", "seed": 0, "codebook_size": 8, "tokens": 5, "steps": 4, "seconds": 1.0}
+    common |= {"operations_a_step": 1e15, "learning_rate": 0.1}
+    rows = [common | {"tokenizer": f"{name}/tokenizer", "chosen": name == "b"} for name in "ab"]
+    write_variants(rows, tmp_path / "x")
+    (tmp_path / "x/b").mkdir()
+    lines = [{"step": 1, "l1": 1.0}, {"step": 2, "l1": 1.0, "val_psnr": 9.0}, {"step": 4, "l1": 1.0, "val_psnr": 11.0}]
+    (tmp_path / "x/b/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = baseline_rows("x")
+    assert row["tokenizer"] == str(tmp_path / "x/b/tokenizer")
+    assert row["petaflop"] == 4
+    assert [(line["steps"], line["petaflop"], line["val_psnr"]) for line in baseline_curves("x")] == [
+        (2, 2, 9),
+        (4, 4, 11),
+    ]
+    assert baseline_curves(None) == []
+    assert [row["method"] for row in baseline_rows(None)] == ["CODA"]
+
+
+def test_trials_are_chosen_by_the_end_of_their_training():
+    log = [{"l1": 9.0, "l2": 9.0}] * 18 + [{"val_psnr": 1.0}] + [{"l1": 1.0, "l2": 2.0}, {"l1": 3.0, "l2": 4.0}]
+    assert pixel_error(log, SETTINGS) == pytest.approx((0.2 * 1 + 2 + 0.2 * 3 + 4) / 2)
