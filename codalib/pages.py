@@ -113,7 +113,7 @@ def _cell(cell: object, markup: bool) -> str:
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
-def page(title: str, body: str, home: str = "", footer: str = "") -> str:
+def page(title: str, body: str, home: str = "", footer: str = "", home_text: str = "All results") -> str:
     """BODY as a whole page with a table of contents made of its second- and third-level headings."""
     soup = BeautifulSoup(body, "html.parser")
     contents, taken = [], set()
@@ -135,6 +135,7 @@ def page(title: str, body: str, home: str = "", footer: str = "") -> str:
         body=str(soup),
         contents=contents if len(contents) > 1 else [],
         home=home,
+        home_text=home_text,
         footer=footer,
         style=_style(),
         script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),

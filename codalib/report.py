@@ -4,6 +4,7 @@ It reads only the `manifest.json` of each stage in `runs/PROFILE/` and the files
 """
 
 import html
+import itertools
 import logging
 import re
 import shutil
@@ -17,7 +18,7 @@ import pandas as pd
 from codalib import pages
 from codalib.compare import FAILS, HOLDS, UNDECIDED, clock, markdown_table, number, readable, size
 from codalib.paper import CLAIMS, COLUMNS, PAPER, Claim
-from codalib.runs import MANIFEST, atomic_write, read_json, reports_folder, runs_folder, write_json
+from codalib.runs import MANIFEST, atomic_write, project_folder, read_json, reports_folder, runs_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ VERDICTS = {  # verdict -> its CSS class, and how one and several claims are sai
     FAILS: ("fails", "does not hold", "do not hold"),
     UNDECIDED: ("undecided", "is undecided", "are undecided"),
 }
+OTHER_PAGES = {"bench": "Time and memory of the quantizers."}  # in reports/, of no profile
 SUMMARY = f"""
 **What CODA is.** A *tokenizer* turns a picture into a short list of whole numbers, so that models made for text can
 make pictures too. CODA ([{PAPER}](https://arxiv.org/abs/2503.17760)) does not train one from nothing: it takes a
@@ -88,11 +90,46 @@ def build(profile: str) -> Path:
         body.append("<p>No stage has run yet: <code>make reproduce</code> runs them all.</p>")
     body += [_glance(stages), _claims(stages, folder), _results(stages, folder), _provenance(stages, folder)]
     write_json(folder / MANIFEST, [stage.manifest for stage in stages])
-    page = pages.page(f"CODA, profile {profile}", "\n".join(body))
+    page = pages.page(f"CODA, profile {profile}", "\n".join(body), home="../index.html", home_text="All profiles")
     with atomic_write(folder / "index.html") as file:
         file.write(page)
+    build_index()
     log.info("%s: %d stages, %.1f MB", folder / "index.html", len(stages), len(page) / 1e6)
     return folder / "index.html"
+
+
+def build_index() -> Path:
+    """Write the page that leads to every profile's: one row for each folder of reports that has a page."""
+    rows = []
+    for page in sorted(reports_folder().glob("*/index.html")):
+        name, manifests = page.parent.name, page.parent / MANIFEST
+        stages = read_json(manifests) if manifests.exists() else []
+        stages = [stage for stage in stages if "notebook" in stage] if isinstance(stages, list) else []
+        verdicts = [claim["verdict"] for stage in stages for claim in stage.get("results", {}).get("claims", [])]
+        rows.append(
+            {
+                "Page": f'<a href="{html.escape(name)}/index.html">{html.escape(name)}</a>',
+                "What it is": _description(name),
+                "Stages": str(len(stages) or ""),
+                "Verdicts": ", ".join(f"{verdicts.count(v)} {VERDICTS[v][1]}" for v in VERDICTS if v in verdicts),
+                "Last run (UTC)": max((stage["started"][:10] for stage in stages), default=""),
+            }
+        )
+    table = pages.table(pd.DataFrame(rows), markup=["Page"], prose=["What it is"])
+    body = f"<h1>CODA, reproduced: all results</h1>{pages.markdown(SUMMARY)}{table}"
+    path = reports_folder() / "index.html"
+    with atomic_write(path) as file:
+        file.write(pages.page("CODA, reproduced", body))
+    return path
+
+
+def _description(name: str) -> str:
+    """The first sentences that a profile's file says about it: its comment up to the note on its sections."""
+    path = project_folder() / "profiles" / f"{name}.yaml"
+    if not path.exists():
+        return OTHER_PAGES.get(name, "")
+    lines = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines()]
+    return " ".join(itertools.takewhile(lambda line: line and not line.startswith("One section a notebook"), lines))
 
 
 def _link(stage: Stage, folder: Path, text: str = "") -> str:

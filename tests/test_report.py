@@ -95,6 +95,7 @@ def test_links_lead_to_files_that_exist(soup, profile):
         "tables/table1-t.md",
         "figures/table1-ladder.png",
         "figures/table1-ladder.svg",
+        "../index.html",
     }
     assert all((reports_folder(profile) / link).is_file() for link in links)
     assert pd.read_csv(reports_folder(profile) / "tables/table1-t.csv")["psnr"][0] == 31.234
@@ -122,6 +123,23 @@ def test_a_table_that_is_gone_from_the_runs_is_gone_from_the_report(soup, profil
     page = report.build(profile).read_text()
     assert not (reports_folder(profile) / "tables").exists()
     assert "What this run found" not in page
+
+
+def test_one_page_leads_to_every_profile(soup, profile):
+    bench = reports_folder("bench") / "index.html"
+    bench.parent.mkdir()
+    bench.write_text("a page")
+    assert soup.select_one("p.home a")["href"] == "../index.html"
+    report.build("smoke")
+    front = BeautifulSoup((reports_folder() / "index.html").read_text(), "html.parser")
+    links = {link.get_text(): link["href"] for link in front.select("td a")}
+    assert links == {name: f"{name}/index.html" for name in ("bench", profile, "smoke")}
+    lines = {
+        row.td.get_text(): [cell.get_text() for cell in row.find_all("td")[1:]] for row in front.select("tbody tr")
+    }
+    assert "quantizers" in lines["bench"][0]
+    assert lines["smoke"][0].startswith("Every notebook as it is")
+    assert lines[profile][1:3] == ["3", "1 holds, 1 does not hold, 1 is undecided"]
 
 
 def test_a_verdict_that_no_rule_gives_is_refused(profile, tmp_path):
