@@ -1,7 +1,7 @@
 # Everything from a fresh clone, each target with its own set-up:
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
 #   make test                        style, unit tests, notebooks
-#   make lab                         JupyterLab on the notebooks
+#   make lab                         JupyterLab on notebooks/start_here.ipynb
 #   make bench                       time and memory of the quantizers: reports/bench/index.html; goes on where it stopped
 #   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
 #   make rehearse PROFILE=NAME       two steps of a profile's training with random weights: memory, work, hours on a GPU
@@ -39,7 +39,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/start_here.ipynb
 
 bench: $(STAMP)
 	$(BIN)/python -m codalib.bench

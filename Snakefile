@@ -18,6 +18,7 @@ PYTHON = sys.executable
 # Stage -> the stages whose results it reads. None reads 00, and 02 reads no stage: the VAE of a long run and the
 # tokenizer of 149 tokens are in data/.
 NEEDS = {
+    "start_here": [],
     "00_pretrain_vae": [],
     "01_fit_quantizers": [],
     "01_train_tokenizer": [],

@@ -152,6 +152,8 @@ def _style() -> str:
 def notebook_page(notebook: nbformat.NotebookNode, name: str, home: str = "", footer: str = "") -> str:
     """An executed notebook as a page: its text, its code folded, its outputs without progress bars.
 
+    Links to other notebooks become links to their pages.
+
     Args:
         notebook: as read by nbformat, version 4.
         name: the page's title where the notebook has no first-level heading.
@@ -164,6 +166,7 @@ def notebook_page(notebook: nbformat.NotebookNode, name: str, home: str = "", fo
         filters={"markdown2html": markdown},
     )
     body, _ = exporter.from_notebook_node(_without_progress(notebook))
+    body = re.sub(r'href="([\w-]+)\.ipynb"', r'href="\1.html"', body)
     heading = BeautifulSoup(body, "html.parser").find("h1")
     return page(heading.get_text() if heading else name, body, home, footer)
 

@@ -52,6 +52,13 @@ def test_a_notebook_page_loads_nothing(notebook):
     assert "kept" in page
 
 
+def test_a_link_to_a_notebook_leads_to_its_page():
+    text = "[Table 1](table1_ablation.ipynb) and [elsewhere](https://example.org/a.ipynb)"
+    page = pages.notebook_page(v4.new_notebook(cells=[v4.new_markdown_cell(text)]), "name")
+    assert 'href="table1_ablation.html"' in page
+    assert 'href="https://example.org/a.ipynb"' in page
+
+
 def test_a_notebook_page_keeps_results_and_drops_progress_bars(notebook):
     before = nbformat.writes(notebook)
     soup = BeautifulSoup(pages.notebook_page(notebook, "name"), "html.parser")
