@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -117,7 +118,8 @@ def check_parameters(namespace: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("The parameters cell declares nothing: write each parameter as `name: type = value`.")
     given = {name: namespace[name] for name in declared if name in namespace}
     if not namespace.get(CHECKED):
-        known = declared.keys() | IPYTHON_NAMES | _imported_names(namespace.get("In", []))
+        cells = [*namespace.get("In", []), _source(sys._getframe(1))]  # a kernel without a history has no In
+        known = declared.keys() | IPYTHON_NAMES | _imported_names(cells)
         given |= {
             name: value
             for name, value in namespace.items()
@@ -214,6 +216,14 @@ def _advice(value: Any, hint: Any) -> str:
 def _yaml_number(number: float) -> str:
     mantissa, mark, exponent = repr(number).partition("e")
     return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if mark else repr(number)
+
+
+def _source(frame: types.FrameType) -> str:
+    """The code that FRAME runs, a notebook's cell; "" where Python does not have it."""
+    try:
+        return inspect.getsource(frame)
+    except OSError:
+        return ""
 
 
 def _imported_names(cells: list[str]) -> set[str]:

@@ -74,6 +74,15 @@ def test_imports_functions_and_later_variables_are_no_parameters():
     assert check_parameters(names)["steps"] == 3
 
 
+def test_a_kernel_without_a_history_knows_the_imports_of_its_running_cell(tmp_path):
+    # nbval runs cells with store_history=False; string.digits would else be taken for a parameter
+    names = namespace()
+    cell = tmp_path / "cell.py"
+    cell.write_text("from string import digits\nfrom codalib.runs import check_parameters\ncheck_parameters(globals())\n")
+    exec(compile(cell.read_text(), str(cell), "exec"), names)
+    assert names["digits"] == "0123456789"
+
+
 def test_a_second_run_still_checks_types():
     names = namespace()
     check_parameters(names)
