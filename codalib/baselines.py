@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codalib.quantize import QUANTIZERS, QuantizerOutput
+from codalib.quantize import QUANTIZERS, QuantizerOutput, Tokens
 
 # Kind -> what its method is called.
 LIBRARY_KINDS = {"rvq": "Residual VQ", "rotation": "Rotation-trick VQ", "fsq": "FSQ", "lfq": "LFQ", "simvq": "SimVQ"}
@@ -95,7 +95,7 @@ class LibraryQuantizer(nn.Module):
         return QuantizerOutput(quantized, self._split(indices), loss, features.new_zeros(()))
 
     @torch.no_grad()
-    def encode(self, latents: Tensor) -> list[Tensor]:
+    def encode(self, latents: Tensor) -> Tokens:
         """Latents (B, C, H, W) -> indices, one (B, p, p) int64 a level. In evaluation mode, whatever the module's."""
         training = self.training
         self.eval()
@@ -134,8 +134,9 @@ class LibraryQuantizer(nn.Module):
             )
         return latents.float().flatten(2).movedim(1, -1)  # (B, C, H, W) -> (B, H W, C)
 
-    def _split(self, indices: Tensor) -> list[Tensor]:
-        return [level.unflatten(1, (self.scales[-1],) * 2).long() for level in indices.unbind(dim=-1)]
+    def _split(self, indices: Tensor) -> Tokens:
+        maps = (level.unflatten(1, (self.scales[-1],) * 2).long() for level in indices.unbind(dim=-1))
+        return Tokens(maps, self.codebook_size)
 
 
 QUANTIZERS.update({kind: partial(LibraryQuantizer, kind) for kind in LIBRARY_KINDS})

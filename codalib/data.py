@@ -1,9 +1,10 @@
-"""Images in, tensors out: the embedded emoji, folders in ImageNet's or MS-COCO's layout, in a seeded, resumable order.
+"""Images in, tensors out: the embedded emoji and folders of images, in a seeded order that a run can resume.
 
 The order is a pure function of (seed, step): a run that stops at step s continues with exactly the images it would have
 seen, whatever the number of processes or workers, and so do the random crops.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -26,6 +27,7 @@ SPLITS = ("train", "val")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
 TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
+HELD_OUT = 0.1  # share of a plain folder's images that is its validation split
 MAX_UNREADABLE = 0.01  # share of a data set's images; a run that meets more stops
 
 
@@ -147,9 +149,11 @@ def load_dataset(
     """Load a data set by name.
 
     Args:
-        name: "emoji" (embedded, 9 classes, 64 x 64), "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...) or
+        name: "emoji" (embedded, 9 classes, 64 x 64), "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...),
             "coco:PATH" (PATH/annotations/captions_train2014.json, PATH/train2014/*.jpg and the same of val2014; or
-            2017); an environment variable in PATH is filled in: "imagefolder:$IMAGENET".
+            2017) or "folder:PATH" (images of any sizes in PATH and below, all of one class; a tenth of them, chosen by
+            their names, is the validation split); an environment variable in PATH is filled in:
+            "imagefolder:$IMAGENET".
         split: "train" or "val".
         resolution: side of the square images, pixels.
         random_crop: the training transform; by default for the training split only.
@@ -169,8 +173,10 @@ def load_dataset(
         items, classes = _imagefolder(_filled_in(path), split)
     elif kind == "coco" and path:
         items, classes = _coco(_filled_in(path), split)
+    elif kind == "folder" and path:
+        items, classes = _folder(_filled_in(path), split)
     else:
-        raise DataError(f"data set is {name!r}, expected 'emoji', 'imagefolder:PATH' or 'coco:PATH'")
+        raise DataError(f"data set is {name!r}, expected 'emoji', 'imagefolder:PATH', 'coco:PATH' or 'folder:PATH'")
     if num_classes is not None and num_classes != len(classes):
         raise DataError(f"{name} has {len(classes)} classes, expected {num_classes}: check the path or the parameter")
     if limit is not None:
@@ -247,6 +253,22 @@ def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
     if not items or not Path(items[0].name).exists():
         raise DataError(f"{folder} does not hold the {len(items)} images of {annotations.name}: unpack them there")
     return items, ["image"]
+
+
+def _folder(root: Path, split: str) -> tuple[list[Item], list[str]]:
+    """The images of a folder of any layout; the tenth whose names' hashes are lowest is held out for validation."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: give folder:PATH with images in PATH or below")
+    files = _image_files(root)
+    if len(files) < 2:
+        raise DataError(
+            f"{root} holds {len(files)} images ({', '.join(sorted(IMAGE_SUFFIXES))}), expected at least 2: "
+            "one to train on and one to measure on"
+        )
+    ranked = sorted(files, key=lambda path: hashlib.sha256(os.path.relpath(path, root).encode()).digest())
+    held_out = max(1, round(HELD_OUT * len(files)))
+    kept = ranked[:held_out] if split == "val" else ranked[held_out:]
+    return [Item(path, 0, (Path(path).stem.replace("_", " "),)) for path in sorted(kept)], ["image"]
 
 
 def _image_files(folder: Path) -> list[str]:

@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from codalib.losses import check_finite
+from codalib.rich import log_html
 from codalib.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -286,10 +287,17 @@ class _Averaged:
             self.ema.restore(self.parameters)
 
 
-def read_log(folder: str | Path) -> list[dict[str, float]]:
-    """The rows of a stage's log.jsonl: step, seconds, and the named terms and measures of that step."""
+class TrainingLog(list[dict[str, float]]):
+    """The rows of a stage's log: step, seconds, and the named terms and measures of that step."""
+
+    def _repr_html_(self) -> str:
+        return log_html(self)
+
+
+def read_log(folder: str | Path) -> TrainingLog:
+    """The log.jsonl of a stage's folder; empty where there is none yet."""
     path = Path(folder) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return TrainingLog(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else TrainingLog()
 
 
 def _cut_log(path: Path, step: int) -> None:

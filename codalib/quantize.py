@@ -5,7 +5,8 @@ differ in how a level assigns its features to codes. With a single scale, equal 
 attention quantizer and plain VQ.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,10 +23,85 @@ from codalib.assign import (
     top_assign,
     top_nearest,
 )
+from codalib.rich import tokens_html
 
 MAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 680 tokens; the release's levels for 16 x 16 latents
 FLUX_SCALES = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # 2,240 tokens; the release's levels for 32 x 32 latents
 NORM_EPS = 1e-5
+
+
+class Tokens(list[Tensor]):
+    """The tokens of B images: a list of one (B, p, p) int64 tensor of indices a level, coarse to fine.
+
+    Whatever takes the levels takes it; it also knows the size of its codebook, and shows itself in a notebook.
+
+    levels: the tensors. codebook_size: K, of which the indices are numbers.
+    """
+
+    def __init__(self, levels: Iterable[Tensor], codebook_size: int):
+        super().__init__(levels)
+        self.codebook_size = codebook_size
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """The side of each level's grid."""
+        return tuple(level.shape[-1] for level in self)
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(self[0])
+
+    @property
+    def per_image(self) -> int:
+        """Tokens of one image: the sum of p^2 over the levels."""
+        return sum(p * p for p in self.scales)
+
+    @property
+    def bits_a_token(self) -> float:
+        """log2 K: what a token costs where all codes are equally likely."""
+        return math.log2(self.codebook_size)
+
+    @property
+    def used(self) -> list[int]:
+        """How many different codes each level uses; hidden tokens, -1, are none."""
+        return [len(level[level >= 0].unique()) for level in self]
+
+    @property
+    def utilization(self) -> float:
+        """The share of the codebook that the levels use together, in [0, 1]."""
+        codes = torch.cat([level.flatten() for level in self])
+        return len(codes[codes >= 0].unique()) / self.codebook_size
+
+    def take(self, images: slice | Sequence[int] | Tensor) -> "Tokens":
+        """The tokens of some of the images, as indexing takes them."""
+        return Tokens((level[images] for level in self), self.codebook_size)
+
+    def with_token(self, level: int, row: int, column: int, code: int) -> "Tokens":
+        """A copy in which one token of every image is another; a code of -1 hides it (see `decode(partial=True)`).
+
+        Raises ValueError for a place outside the level's grid and for a code outside [-1, K).
+        """
+        if not 0 <= level < len(self):
+            raise ValueError(f"level {level} got, expected 0 to {len(self) - 1}")
+        p = self.scales[level]
+        if not (0 <= row < p and 0 <= column < p):
+            raise ValueError(f"row {row} and column {column} got, expected 0 to {p - 1} at level {level}")
+        if not -1 <= code < self.codebook_size:
+            raise ValueError(f"code {code} got, expected -1 (hidden) to {self.codebook_size - 1}")
+        levels = [part.clone() for part in self]
+        levels[level][:, row, column] = code
+        return Tokens(levels, self.codebook_size)
+
+    def _repr_html_(self) -> str:
+        return tokens_html(self)
+
+
+class Ranking(NamedTuple):
+    """The codes that suit features best, see `ResidualQuantizer.ranking`."""
+
+    scores: Tensor  # (B, p, p, top)
+    codes: Tensor  # (B, p, p, top) int64
 
 
 @dataclass(frozen=True)
@@ -33,7 +109,7 @@ class QuantizerOutput:
     """What a quantizer makes of latents (B, C, H, W)."""
 
     quantized: Tensor  # (B, C, H, W): the sum of all levels, with a gradient to the latents
-    indices: list[Tensor]  # one (B, p, p) int64 a level, coarse to fine, values in [0, K)
+    indices: Tokens  # one (B, p, p) int64 a level, coarse to fine, values in [0, K)
     quantization_loss: Tensor  # (): Eq. 10-11, the mean over the levels
     entropy_loss: Tensor  # (): the mean over the levels, in nats; 0 for the nearest neighbour
 
@@ -94,8 +170,8 @@ class ResidualQuantizer(nn.Module):
         """Features (N, C) -> a level, with gradients; the indices are those of `_choose`."""
         raise NotImplementedError
 
-    def _confidence(self, features: Tensor, keys: Tensor, top: int) -> Tensor:
-        """Features (N, C) -> scores (N, top), the surest code first."""
+    def _rank(self, features: Tensor, keys: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """Features (N, C) -> scores and codes, both (N, top), the surest code first."""
         raise NotImplementedError
 
     # -- the shared scheme -------------------------------------------------------------------------------------------
@@ -125,13 +201,16 @@ class ResidualQuantizer(nn.Module):
                 levels.append(level)
             return QuantizerOutput(
                 quantized=quantized,
-                indices=[level.indices.view(-1, p, p) for level, p in zip(levels, self.scales, strict=True)],
+                indices=Tokens(
+                    (level.indices.view(-1, p, p) for level, p in zip(levels, self.scales, strict=True)),
+                    self.codebook_size,
+                ),
                 quantization_loss=torch.stack([level.quantization_loss for level in levels]).mean(),
                 entropy_loss=torch.stack([level.entropy for level in levels]).mean(),
             )
 
     @torch.no_grad()
-    def encode(self, latents: Tensor) -> list[Tensor]:
+    def encode(self, latents: Tensor) -> Tokens:
         """Latents (B, C, H, W) -> indices, one (B, p, p) int64 a level, coarse to fine."""
         residual = self._checked_latents(latents)
         backend = self._backend_for(residual)
@@ -142,7 +221,7 @@ class ResidualQuantizer(nn.Module):
                 chosen = self._choose(self._features(residual, p), keys, backend)
                 residual = residual - self._upsample(values[chosen], p)
                 indices.append(chosen.view(-1, p, p))
-        return indices
+        return Tokens(indices, self.codebook_size)
 
     def decode(self, indices: Sequence[Tensor], levels: int | None = None, partial: bool = False) -> Tensor:
         """Indices -> latents (B, C, H, W); `levels=k` sums the first k levels alone.
@@ -162,22 +241,30 @@ class ResidualQuantizer(nn.Module):
         return quantized
 
     @torch.no_grad()
+    def ranking(self, latents: Tensor, top: int = 50) -> list[Ranking]:
+        """The codes that suit each feature best, with their scores (see `confidence`), one `Ranking` a level.
+
+        A level's features are what the levels before it leave; the first code is the one that `encode` takes.
+        """
+        residual = self._checked_latents(latents)
+        ranked = []
+        with torch.autocast(latents.device.type, enabled=False):
+            keys, values = self._project_codes()
+            for p in self.scales:
+                features = self._features(residual, p)
+                scores, codes = self._rank(features, keys, top)
+                ranked.append(Ranking(scores.view(-1, p, p, top), codes.view(-1, p, p, top)))
+                chosen = self._choose(features, keys, self._backend_for(residual))
+                residual = residual - self._upsample(values[chosen], p)
+        return ranked
+
     def confidence(self, latents: Tensor, top: int = 50) -> list[Tensor]:
         """How sure the assignment is (Fig. 5 of arXiv:2503.17760): one (B, p, p, top) a level, the surest code first.
 
         Attention: the `top` largest softmax scores, falling, in [0, 1]. Nearest neighbour: the `top` least Euclidean
         distances, rising, in units of the latents.
         """
-        residual = self._checked_latents(latents)
-        scores = []
-        with torch.autocast(latents.device.type, enabled=False):
-            keys, values = self._project_codes()
-            for p in self.scales:
-                features = self._features(residual, p)
-                scores.append(self._confidence(features, keys, top).view(-1, p, p, top))
-                chosen = self._choose(features, keys, self._backend_for(residual))
-                residual = residual - self._upsample(values[chosen], p)
-        return scores
+        return [level.scores for level in self.ranking(latents, top)]
 
     def config(self) -> dict:
         """The settings that rebuild this quantizer through `quantizer_from_config`, as plain values.
@@ -310,9 +397,9 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
     def _choose(self, features: Tensor, keys: Tensor, backend: str) -> Tensor:
         return argmax_assign(self.attn.queries(features), keys, self.attention_dim**-0.5, backend)
 
-    def _confidence(self, features: Tensor, keys: Tensor, top: int) -> Tensor:
-        logits, _, log_sums = top_assign(self.attn.queries(features), keys, top, self.attention_dim**-0.5)
-        return (logits - log_sums[:, None]).exp()
+    def _rank(self, features: Tensor, keys: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        logits, codes, log_sums = top_assign(self.attn.queries(features), keys, top, self.attention_dim**-0.5)
+        return (logits - log_sums[:, None]).exp(), codes
 
     def _assign(self, features: Tensor, keys: Tensor, values: Tensor, backend: str) -> Level:
         queries = self.attn.queries(features)
@@ -361,8 +448,8 @@ class ResidualNearestQuantizer(ResidualQuantizer):
     def _choose(self, features: Tensor, keys: Tensor, backend: str) -> Tensor:
         return nearest_assign(features, keys, backend)
 
-    def _confidence(self, features: Tensor, keys: Tensor, top: int) -> Tensor:
-        return top_nearest(features, keys, top)[0]
+    def _rank(self, features: Tensor, keys: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        return top_nearest(features, keys, top)
 
     def _assign(self, features: Tensor, keys: Tensor, values: Tensor, backend: str) -> Level:
         indices = nearest_assign(features.detach(), keys.detach(), backend)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from codalib.maskgit import Condition, MaskGIT, TextCondition, join_levels, split_levels
+from codalib.quantize import Tokens
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the steps done, in (0, 1] -> share of tokens still hidden
     "cosine": lambda done: math.cos(done * math.pi / 2),
@@ -87,7 +88,7 @@ def generate(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     fixed: Sequence[Tensor] | None = None,
     on_step: Callable[[Step], None] | None = None,
-) -> list[Tensor]:
+) -> Tokens:
     """Draw images' tokens: one (B, p, p) int64 a level, which `CodaTokenizer.decode` takes.
 
     Args:
@@ -131,7 +132,7 @@ def generate(
         if on_step is not None:
             seen = tokens.masked_fill(_hidden(model, tokens), HIDDEN)
             on_step(Step(step, split_levels(seen, model.scales), split_levels(drawn, model.scales)))
-    return split_levels(tokens, model.scales)
+    return Tokens(split_levels(tokens, model.scales), model.codebook_size)
 
 
 def keep_outside(

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codalib.baselines import LibraryQuantizer
-from codalib.quantize import ResidualQuantizer, quantizer_from_config
+from codalib.quantize import ResidualQuantizer, Tokens, quantizer_from_config
+from codalib.rich import tokenizer_html
 from codalib.runs import write_json
 from codalib.vae import ADAPTER_CONFIG, ContinuousVAE, load_adapters, load_vae, save_adapters
 
@@ -29,7 +30,7 @@ class TokenizerOutput:
     reconstruction: Tensor  # (B, 3, h, w), about [-1, 1], not clamped
     latents: Tensor  # (B, C, H, W) normalised, before quantization
     quantized: Tensor  # (B, C, H, W)
-    indices: list[Tensor]  # one (B, p, p) int64 a level
+    indices: Tokens  # one (B, p, p) int64 a level
     quantization_loss: Tensor  # ()
     entropy_loss: Tensor  # ()
 
@@ -79,7 +80,7 @@ class CodaTokenizer(nn.Module):
         )
 
     @torch.no_grad()
-    def encode(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> list[Tensor]:
+    def encode(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tokens:
         """Images (B, 3, h, w) in [-1, 1] -> one (B, p, p) int64 tensor of indices a level, coarse to fine."""
         return self.quantizer.encode(self.vae.encode(self._checked(images), sample, generator))
 
@@ -90,6 +91,9 @@ class CodaTokenizer(nn.Module):
         `levels=k` decodes the first k levels alone; with `partial` a token of -1 is not known and adds nothing.
         """
         return self.vae.decode(self.quantizer.decode(indices, levels, partial))
+
+    def _repr_html_(self) -> str:
+        return tokenizer_html(self)
 
     def _checked(self, images: Tensor) -> Tensor:
         expected = (3, self.resolution, self.resolution)

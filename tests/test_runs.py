@@ -78,7 +78,9 @@ def test_a_kernel_without_a_history_knows_the_imports_of_its_running_cell(tmp_pa
     # nbval runs cells with store_history=False; string.digits would else be taken for a parameter
     names = namespace()
     cell = tmp_path / "cell.py"
-    cell.write_text("from string import digits\nfrom codalib.runs import check_parameters\ncheck_parameters(globals())\n")
+    cell.write_text(
+        "from string import digits\nfrom codalib.runs import check_parameters\ncheck_parameters(globals())\n"
+    )
     exec(compile(cell.read_text(), str(cell), "exec"), names)
     assert names["digits"] == "0123456789"
 

@@ -1,0 +1,186 @@
+"""Notebooks in JupyterLab as a person uses them: headless Chromium, driven through Playwright.
+
+Skipped, with the reason, where no Chromium is installed; `.ci/run` installs Debian's.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+START_SECONDS = 90  # JupyterLab's first start on a busy machine
+RUN_SECONDS = 300  # all cells of explore.ipynb on a busy machine; alone they take half a minute
+REACTION_SECONDS = 20  # the same of one reaction, which takes a tenth of a second
+TOKEN = "codalib-test"
+# What Lab itself writes to the console without a fault: extensions that look for servers that are not there.
+HARMLESS = re.compile(r"favicon|Failed to load resource.*(404|403)|deprecat|source ?map|ResizeObserver", re.IGNORECASE)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab's address; it serves a copy of explore.ipynb and writes nothing into the checkout."""
+    folder = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.read(ROOT / "notebooks" / "explore.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.update(outputs=[], execution_count=None)  # what is seen comes from this run
+    nbformat.write(notebook, folder / "explore.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {
+        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    }
+    news = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # they ask the network
+    (folder / "jupyter_config_dir" / "labconfig").mkdir(parents=True)
+    (folder / "jupyter_config_dir" / "labconfig" / "page_config.json").write_text(json.dumps(news))
+    own |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
+    command += [f"--IdentityProvider.token={TOKEN}", f"--notebook-dir={folder}"]
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + START_SECONDS
+        while True:
+            assert server.poll() is None, (folder / "lab.log").read_text()
+            try:
+                with urlopen(f"{address}/api?token={TOKEN}", timeout=5):
+                    break
+            except (URLError, OSError):
+                assert time.monotonic() < until, (folder / "lab.log").read_text()
+                time.sleep(0.3)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    """explore.ipynb open in JupyterLab, all its cells run, with what the console said in `page.said`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.said = []
+        page.on("console", lambda message: message.type == "error" and page.said.append(message.text))
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        page.goto(f"{lab}/lab/tree/explore.ipynb?token={TOKEN}", timeout=1000 * START_SECONDS)
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=1000 * START_SECONDS)
+        page.get_by_text(re.compile(r"\(ipykernel\) \| Idle")).first.wait_for(timeout=1000 * START_SECONDS)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
+        page.locator("pre", has_text="tokens after each level").wait_for(timeout=1000 * RUN_SECONDS)
+        yield page
+        if folder := os.environ.get("CODALIB_SCREENSHOTS"):
+            page.locator(".jp-Notebook").screenshot(path=f"{folder}/explore.png")
+        browser.close()
+
+
+def slider(page, label):
+    return page.locator(".widget-slider", has=page.get_by_text(label, exact=True))
+
+
+def wait_for_change(read, before):
+    until = time.monotonic() + REACTION_SECONDS
+    while (now := read()) == before:
+        assert time.monotonic() < until, "nothing changed"
+        time.sleep(0.02)
+    return now
+
+
+def test_the_level_slider_changes_the_picture_and_its_numbers(page):
+    view = page.locator(".jp-OutputArea-output", has=slider(page, "levels")).first
+    view.scroll_into_view_if_needed()
+    decoded, table = view.locator(".codalib-picture img").nth(1), view.locator(".widget-html-content table")
+    view.get_by_text("10 of 10 levels").wait_for()
+    picture, numbers = decoded.get_attribute("src"), table.inner_text()
+    handle = slider(page, "levels").locator(".noUi-handle")
+    handle.focus()
+    for _ in range(6):
+        handle.press("ArrowLeft")
+    changed = wait_for_change(lambda: table.inner_text(), numbers)
+    wait_for_change(lambda: decoded.get_attribute("src"), picture)
+    until = time.monotonic() + REACTION_SECONDS
+    while "4 of 10 levels" not in (changed := table.inner_text()):
+        assert time.monotonic() < until, changed
+        time.sleep(0.02)
+    assert "300" in changed  # bits: 1 + 4 + 9 + 16 tokens of 10 bits
+    assert decoded.get_attribute("alt") == "decoded from 4 levels"
+
+
+def test_pointing_at_a_cell_shows_its_scores(page):
+    view = page.locator(".jp-OutputArea-output", has=slider(page, "level")).first
+    view.scroll_into_view_if_needed()
+    text = view.locator(".widget-html", has=page.get_by_text("score", exact=True)).first
+    before = text.inner_text()
+    picture = view.locator(".codalib-picture").first
+    box = picture.bounding_box()
+    picture.click(position={"x": 0.7 * box["width"], "y": 0.7 * box["height"]})
+    after = wait_for_change(lambda: text.inner_text(), before)
+    assert "row 0, column 0" in before
+    assert re.search(r"row [1-9], column [1-9]", after)
+    picture.press("ArrowRight")
+    assert wait_for_change(lambda: text.inner_text(), after) != after
+
+
+def test_drawing_gives_pictures_and_the_frames_on_the_way(page):
+    view = page.locator(".jp-OutputArea-output", has=slider(page, "guidance")).first
+    view.scroll_into_view_if_needed()
+    result = view.locator(".widget-html", has=page.locator("img")).last
+    first = result.locator("img").first.get_attribute("src")
+    view.get_by_label("seed").fill("7")
+    view.get_by_label("seed").press("Enter")
+    view.get_by_role("button", name="draw").click()
+    wait_for_change(lambda: result.locator("img").first.get_attribute("src"), first)
+    assert result.locator("img").count() == 8
+    assert "149 known" in result.inner_text()
+    handle = view.locator(".widget-slider", has=page.get_by_text("step", exact=True)).locator(".noUi-handle")
+    handle.focus()
+    handle.press("ArrowLeft")
+    until = time.monotonic() + REACTION_SECONDS
+    while "step 7" not in result.inner_text():
+        assert time.monotonic() < until, result.inner_text()
+        time.sleep(0.02)
+
+
+def test_a_dragged_box_hides_its_tokens(page):
+    view = page.locator(".jp-OutputArea-output", has=slider(page, "kept levels")).first
+    view.scroll_into_view_if_needed()
+    picture, hidden = view.locator(".codalib-picture").nth(0), view.locator(".codalib-picture img").nth(1)
+    before = hidden.get_attribute("src")
+    box = picture.bounding_box()
+    page.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.1 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.3 * box["height"], steps=4)
+    page.mouse.up()
+    wait_for_change(lambda: hidden.get_attribute("src"), before)
+
+
+def test_the_console_has_no_error(page):
+    assert not [text for text in page.said if not HARMLESS.search(text)]
+    assert (
+        page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] pre").all_inner_texts()
+        == []
+    )
