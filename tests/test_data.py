@@ -152,3 +152,28 @@ def test_coco_has_every_caption_of_an_image(tmp_path):
     annotations.write_text("{}")
     with pytest.raises(DataError, match="not a file of MS-COCO captions"):
         load_dataset(f"coco:{tmp_path}", "val", 16)
+
+
+def test_a_plain_folder_is_split_by_name(tmp_path):
+    for number in range(30):
+        place = tmp_path / f"{'deep/er' if number % 2 else '.'}" / f"photo_{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + number, 40), (number, 0, 0)).save(place)
+    (tmp_path / "notes.txt").write_text("no image")
+    train, val = (load_dataset(f"folder:{tmp_path}", split, 16) for split in ("train", "val"))
+    names = [{item.name for item in split.items} for split in (train, val)]
+    assert [len(split) for split in names] == [27, 3]
+    assert not names[0] & names[1]
+    assert {item.caption for item in train.items + val.items} == {f"photo {number}" for number in range(30)}
+    assert train[0]["image"].shape == (3, 16, 16)
+    moved = tmp_path.rename(tmp_path.with_name("elsewhere"))
+    again = load_dataset(f"folder:{moved}", "val", 16)  # by the names within the folder
+    assert {item.caption for item in again.items} == {item.caption for item in val.items}
+
+
+def test_a_folder_of_less_than_two_images_is_refused(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "one.png")
+    with pytest.raises(DataError, match=r"holds 1 images .* expected at least 2"):
+        load_dataset(f"folder:{tmp_path}", "train", 16)
+    with pytest.raises(DataError, match="not a folder"):
+        load_dataset(f"folder:{tmp_path / 'nowhere'}", "train", 16)

@@ -13,6 +13,7 @@ from codalib.maskgit import (
 )
 from codalib.quantize import FLUX_SCALES, MAR_SCALES, ResidualNearestQuantizer
 from codalib.sample import generate
+from codalib.text import CaptionTable, build_text_encoder
 from codalib.tokenizer import CodaTokenizer
 from codalib.tokens import check_generator
 
@@ -254,6 +255,12 @@ def test_other_lengths_raise():
 def test_an_embedded_generator_draws_for_its_tokenizer(name):
     tokenizer = CodaTokenizer.from_pretrained("emoji-small")
     model = check_generator(MaskGIT.from_pretrained(name), tokenizer)
+    if model.text_dim is not None:
+        captions = CaptionTable(build_text_encoder("minilm")).condition(["red heart", "red heart", "blue circle"])
+        images = tokenizer.decode(generate(model, captions, steps=4, generator=torch.Generator().manual_seed(0)))
+        red, blue = images[:2, 0].mean() - images[:2, 2].mean(), images[2, 0].mean() - images[2, 2].mean()
+        assert red > blue
+        return
     labels = torch.arange(model.num_classes)
     assert len(model.info["classes"]) == len(labels) == 9
     images = tokenizer.decode(generate(model, labels, steps=2, generator=torch.Generator().manual_seed(0)))
