@@ -19,6 +19,8 @@ PYTHON = sys.executable
 # tokenizer of 149 tokens are in data/.
 NEEDS = {
     "start_here": [],
+    "explore": [],
+    "bring_your_own": [],
     "00_pretrain_vae": [],
     "01_fit_quantizers": [],
     "01_train_tokenizer": [],

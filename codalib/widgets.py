@@ -258,7 +258,9 @@ class _Sampler(Explorer):
             self.wanted = w.Dropdown(options=classes, value=0, description="class")
         self.steps = w.IntSlider(steps, 1, 32, description="steps")
         self.guidance = w.FloatSlider(2.0, min=0, max=8, step=0.5, description="guidance")
-        self.temperature = w.FloatSlider(1.0, min=0.1, max=2, step=0.1, description="temperature")
+        self.temperature = w.FloatSlider(
+            1.0, min=0.1, max=2, step=0.1, description="temperature", style={"description_width": "initial"}
+        )
         self.order = w.Dropdown(options=ORDERS, value=ORDERS[0], description="order")
         self.seed = w.BoundedIntText(0, min=0, max=9999, description="seed")
         self.button = w.Button(description="draw", button_style="primary")

@@ -1,6 +1,7 @@
 """Notebooks in JupyterLab as a person uses them: headless Chromium, driven through Playwright.
 
-Skipped, with the reason, where no Chromium is installed; `.ci/run` installs Debian's.
+Skipped, with the reason, where no Chromium is installed; `.ci/run` installs Debian's. CODALIB_SCREENSHOTS names a folder
+that receives pictures of the widgets, for the README.
 """
 
 import json
@@ -94,7 +95,9 @@ def page(lab):
         page.locator("pre", has_text="tokens after each level").wait_for(timeout=1000 * RUN_SECONDS)
         yield page
         if folder := os.environ.get("CODALIB_SCREENSHOTS"):
-            page.locator(".jp-Notebook").screenshot(path=f"{folder}/explore.png")
+            for label in ("levels", "level", "guidance", "kept levels"):
+                view = page.locator(".jp-OutputArea-output", has=slider(page, label)).first
+                view.screenshot(path=f"{folder}/explore-{label.replace(' ', '-')}.png")
         browser.close()
 
 
