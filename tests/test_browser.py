@@ -1,7 +1,7 @@
 """Notebooks in JupyterLab as a person uses them: headless Chromium, driven through Playwright.
 
-Skipped, with the reason, where no Chromium is installed; `.ci/run` installs Debian's. CODALIB_SCREENSHOTS names a folder
-that receives pictures of the widgets, for the README.
+Skipped, with the reason, where no Chromium is installed; `.ci/run` installs Debian's. CODALIB_SCREENSHOTS names a
+folder that receives pictures of the widgets, for the README.
 """
 
 import json
