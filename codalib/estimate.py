@@ -25,8 +25,8 @@ FIT_BATCH = 32  # latents a step, while fitting on latents alone
 STEPS_OF_FIT = 1.5  # steps on latents for each step on images, where the run's length is chosen here
 LONGEST_FIT = 1500  # of those
 MEMORY_SHARE = 0.9  # of the free memory that a run may take
-TIME_SHARE = 0.85  # of the minutes that training may take; the rest is for loading, measuring and drawing
-TIMED_STEPS = 3  # the first, which sets things up, is not counted
+TIME_SHARE = 0.75  # of the minutes that training may take; the rest is for loading, measuring and drawing
+TIMED_STEPS = 5  # the first, which sets things up, is not counted
 GIB = 2**30
 
 

@@ -18,6 +18,7 @@ from traitlets.config import Config
 
 TEMPLATES = Path(__file__).with_name("templates")
 PROGRESS_BAR = re.compile(r"\d+%\|")
+CURSOR = re.compile(r"\x1b\[\d*[A-K]")  # what nested progress bars say to a terminal
 CODE_STYLES = {"light": "default", "dark": "github-dark"}
 # What a page can show without a running kernel; widgets and scripts are left out.
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
@@ -178,7 +179,8 @@ def _without_progress(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         outputs = []
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                lines = [line.rsplit("\r", 1)[-1] for line in output.text.rstrip("\r").split("\n")]
+                text = CURSOR.sub("", output.text)
+                lines = [line.rsplit("\r", 1)[-1] for line in text.rstrip("\r").split("\n")]
                 output.text = "\n".join(line for line in lines if not PROGRESS_BAR.search(line))
                 if not output.text.strip():
                     continue

@@ -112,3 +112,12 @@ def test_tables_escape_text_and_mark_gaps():
     assert soup.caption.em.text == "caption"
     assert soup.select_one("tr.paper")
     assert [head.get("class") for head in soup.find_all("th")] == [["text"], [], ["prose"]]
+
+
+def test_nested_progress_bars_leave_no_empty_box(notebook):
+    cell = nbformat.v4.new_code_cell("train()")
+    pieces = ["\router:   0%|  | 0/3", "\n", "\rinner:   0%|  | 0/1", "\x1b[A", "\n\router: 100%|##| 3/3", "\n"]
+    cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text=piece) for piece in pieces]
+    notebook.cells = [*notebook.cells[:2], cell]
+    soup = BeautifulSoup(pages.notebook_page(notebook, "name"), "html.parser")
+    assert not [box for box in soup.find_all("pre") if not box.get_text(strip=True)]
