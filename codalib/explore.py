@@ -66,6 +66,30 @@ def explain(tokenizer: CodaTokenizer, image: Tensor, top: int = 20) -> Explained
     return Explained(image, tokens, ranking, views)
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What one level assigns to a place."""
+
+    row: int
+    column: int
+    code: int  # the one that is taken
+    score: float  # its, see `ResidualQuantizer.confidence`
+    second: float  # the next best code's
+
+
+def through_levels(explained: Explained, top: float, left: float) -> list[Assignment]:
+    """What each level assigns to the cell around a place, given as shares of the side from the top and from the left.
+
+    The image is to be explained with two codes a position or more.
+    """
+    assignments = []
+    for p, ranking in zip(explained.tokens.scales, explained.ranking, strict=True):
+        row, column = (min(p - 1, int(share * p)) for share in (top, left))
+        first, second = ranking.scores[0, row, column, :2].tolist()
+        assignments.append(Assignment(row, column, int(ranking.codes[0, row, column, 0]), first, second))
+    return assignments
+
+
 def read_image(data: bytes, resolution: int, name: str = "the file") -> Tensor:
     """An image file's bytes -> (3, r, r) in [-1, 1], the middle of it; DataError where it is not an image."""
     try:

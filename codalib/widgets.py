@@ -18,7 +18,7 @@ from torch import Tensor
 
 from codalib import rich
 from codalib.data import DataError, ImageDataset
-from codalib.explore import Explained, Frame, explain, images_of_code, read_image, unmask
+from codalib.explore import Explained, Frame, explain, images_of_code, read_image, through_levels, unmask
 from codalib.maskgit import Condition, MaskGIT
 from codalib.quantize import Tokens
 from codalib.sample import ORDERS, keep_outside, sample_generators
@@ -142,8 +142,8 @@ class AssignmentExplorer(Explorer):
         scales = choice.explained.tokens.scales
         self.level = w.IntSlider(len(scales) // 2, 1, len(scales), description="level")
         self.picture, self.map = Picture(mode="cell"), w.HTML()
-        self.text, self.homes = w.HTML(), w.HTML()
-        self.view = w.VBox([self.level, _row(self.picture, self.map, self.text), self.homes])
+        self.text, self.through, self.homes = w.HTML(), w.HTML(), w.HTML()
+        self.view = w.VBox([self.level, _row(self.picture, self.map, self.text, self.through), self.homes])
         self.level.observe(lambda _: self.draw(), "value")
         self.picture.observe(lambda _: self.point(), "cell")
         choice.observe(lambda _: self.draw(), "explained")
@@ -168,10 +168,18 @@ class AssignmentExplorer(Explorer):
         scores = ranking.scores[0, row, column, :BARS].tolist()
         codes = ranking.codes[0, row, column, :BARS].tolist()
         self.text.value = f"<b>level {self.level.value}, row {row}, column {column}</b>" + _bars(codes, scores)
+        self.through.value = "<b>the same place at each level</b>" + rich.table(
+            ["level", "cell", "code", "score", "second"],
+            [
+                (number, f"{at.row}, {at.column}", at.code, f"{at.score:.3f}", f"{at.second:.3f}")
+                for number, at in enumerate(through_levels(self.choice.explained, *self._place()), start=1)
+            ],
+        )
         found = images_of_code(self.counts, codes[0])
         homes = [
             _captioned(
-                self.choice.images[number]["image"], f"{times} times: {self.choice.images.items[number].caption}"
+                self.choice.images[number]["image"],
+                f"{_count(times, 'time')}: {self.choice.images.items[number].caption}",
             )
             for number, times in found
         ]
@@ -180,9 +188,15 @@ class AssignmentExplorer(Explorer):
             f"code {codes[0]} is in use in {total} of {len(self.counts)} images, most often in{_cells(homes)}"
         )
 
+    def _place(self) -> tuple[float, float]:
+        """The middle of the cell, from the top and from the left as shares of the side."""
+        row, column = self.picture.cell
+        return (row + 0.5) / self.picture.grid, (column + 0.5) / self.picture.grid
+
     def still(self) -> str:
         shown = _captioned(self.choice.explained.views[self.level.value - 1].picture, "decoded so far")
-        parts = "".join(f"<div>{part}</div>" for part in (shown, self.map.value, self.text.value))
+        parts = (shown, self.map.value, self.text.value, self.through.value)
+        parts = "".join(f"<div>{part}</div>" for part in parts)
         return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{parts}</div>{self.homes.value}'
 
 
@@ -225,10 +239,10 @@ class EditExplorer(Explorer):
             self.picture.cell = [min(place, grid - 1) for place in self.picture.cell]
             self.picture.grid = grid
         self.decoded = self.choice.tokenizer.decode(self.tokens, partial=True)[0].cpu()
-        self.picture.put(self.decoded, f"decoded after {self.changed} changes")
+        self.picture.put(self.decoded, f"decoded after {_count(self.changed, 'change')}")
         far = (self.decoded.clamp(-1, 1) - self.choice.explained.views[-1].picture.clamp(-1, 1)).abs() / 2
         self.text.value = (
-            f"{self.changed} changes; {(far.amax(dim=0) > 0.02).float().mean():.0%} of the pixels differ by more than "
+            f"{_count(self.changed, 'change')}; {(far.amax(dim=0) > 0.02).float().mean():.0%} of the pixels differ by more than "
             f"2 % of the range, the most by {far.max():.0%}"
         )
 
@@ -390,6 +404,10 @@ class InpaintExplorer(_Sampler):
 
 
 # --- pieces of HTML ---------------------------------------------------------------------------------------------------
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
 
 
 def _row(*widgets: w.Widget) -> w.Box:

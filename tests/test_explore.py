@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from codalib.data import DataError, load_dataset
-from codalib.explore import code_counts, explain, hidden_cells, images_of_code, read_image, unmask
+from codalib.explore import code_counts, explain, hidden_cells, images_of_code, read_image, through_levels, unmask
 from codalib.maskgit import MaskGIT
 from codalib.sample import keep_outside, sample_generators
 from codalib.tokenizer import CodaTokenizer
@@ -60,6 +60,16 @@ def test_an_image_is_explained_level_by_level(tokenizer, images):
     for level, ranking in zip(explained.tokens, explained.ranking, strict=True):
         assert torch.equal(ranking.codes[..., 0], level)
         assert (ranking.scores.diff(dim=-1) <= 0).all()
+
+
+def test_a_place_is_followed_through_the_levels(tokenizer, images):
+    explained = explain(tokenizer, images[0]["image"])
+    through = through_levels(explained, 0.99, 0.4)
+    assert [(at.row, at.column) for at in through] == [(0, 0), (1, 0), (3, 1), (7, 3), (7, 3)]
+    assert [at.code for at in through] == [
+        int(level[0, at.row, at.column]) for level, at in zip(explained.tokens, through, strict=True)
+    ]
+    assert all(0 < at.second <= at.score <= 1 for at in through)
 
 
 def test_an_uploaded_file_becomes_an_image():
@@ -143,6 +153,7 @@ def test_pointing_at_a_cell_shows_its_scores(choice, tokenizer, images):
     taken = int(choice.explained.tokens[3][0, 7, 5])
     assert f"<b>{taken}</b>" in explorer.text.value
     assert f"code {taken} is in use in" in explorer.homes.value
+    assert f"<td>4</td><td>7, 5</td><td>{taken}</td>" in explorer.through.value
     explorer.level.value = 2  # a coarser grid: the cell stays inside it
     assert explorer.picture.cell == [1, 1]
 
@@ -152,7 +163,7 @@ def test_an_edit_changes_the_picture_and_can_be_taken_back(choice):
     before = explorer.picture.source
     explorer.edit(-1)
     assert explorer.picture.source != before
-    assert "1 changes" in explorer.text.value
+    assert "1 change;" in explorer.text.value
     explorer.start()
     assert explorer.picture.source == before
 
