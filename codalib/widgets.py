@@ -28,6 +28,7 @@ from codalib.tokenizer import CodaTokenizer
 SIDE = 224  # pixels of a large picture on the screen
 SMALL = 88  # of one in a strip
 BARS = 12  # codes in a list of scores
+VISIBLE = 0.02  # of the range of a pixel: a change that is counted
 SAMPLES = 4  # pictures drawn at once
 SEEDS_A_RUN = 1000  # numbers of noise that belong to one seed of a widget
 
@@ -241,9 +242,10 @@ class EditExplorer(Explorer):
         self.decoded = self.choice.tokenizer.decode(self.tokens, partial=True)[0].cpu()
         self.picture.put(self.decoded, f"decoded after {_count(self.changed, 'change')}")
         far = (self.decoded.clamp(-1, 1) - self.choice.explained.views[-1].picture.clamp(-1, 1)).abs() / 2
+        moved = (far.amax(dim=0) > VISIBLE).float().mean()
         self.text.value = (
-            f"{_count(self.changed, 'change')}; {(far.amax(dim=0) > 0.02).float().mean():.0%} of the pixels differ by more than "
-            f"2 % of the range, the most by {far.max():.0%}"
+            f"{_count(self.changed, 'change')}; {moved:.0%} of the pixels differ by more than {VISIBLE:.0%} of the range, "
+            f"the most by {far.max():.0%}"
         )
 
     def still(self) -> str:
