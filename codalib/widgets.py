@@ -244,8 +244,8 @@ class EditExplorer(Explorer):
         far = (self.decoded.clamp(-1, 1) - self.choice.explained.views[-1].picture.clamp(-1, 1)).abs() / 2
         moved = (far.amax(dim=0) > VISIBLE).float().mean()
         self.text.value = (
-            f"{_count(self.changed, 'change')}; {moved:.0%} of the pixels differ by more than {VISIBLE:.0%} of the range, "
-            f"the most by {far.max():.0%}"
+            f"{_count(self.changed, 'change')}; {moved:.0%} of the pixels differ by more than {VISIBLE:.0%} of the "
+            f"range, the most by {far.max():.0%}"
         )
 
     def still(self) -> str:
