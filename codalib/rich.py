@@ -9,16 +9,12 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from codalib.quantize import Tokens
-    from codalib.tokenizer import CodaTokenizer
 
 TILE = 56  # pixels of a picture in a strip
 SHOWN_CODES = 16  # in a tokenizer's strip
@@ -85,8 +81,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def tokens_html(tokens: "Tokens") -> str:
-    """The levels of tokens as a table: grid, tokens and bits an image, codes in use; and the first image's maps."""
+def tokens_html(tokens: Any) -> str:
+    """The levels of `codalib.quantize.Tokens` as a table: grid, tokens and bits an image, codes in use; and the first image's maps."""
     rows, bits = [], 0.0
     for number, (level, used) in enumerate(zip(tokens, tokens.used, strict=True), start=1):
         p = level.shape[-1]
@@ -105,8 +101,8 @@ def tokens_html(tokens: "Tokens") -> str:
 
 
 @torch.no_grad()
-def tokenizer_html(tokenizer: "CodaTokenizer") -> str:
-    """A tokenizer's parts and sizes, and what its first codes look like: a whole latent grid of each, decoded."""
+def tokenizer_html(tokenizer: Any) -> str:
+    """A `CodaTokenizer`'s parts and sizes, and what its first codes look like: a whole latent grid of each, decoded."""
     vae, quantizer = tokenizer.vae, tokenizer.quantizer
     side, bits = tokenizer.resolution, tokenizer.tokens * math.log2(quantizer.codebook_size)
     adapters = sum(p.numel() for name, p in vae.named_parameters() if "lora" in name)
