@@ -82,7 +82,7 @@ def _number(value: float) -> str:
 
 
 def tokens_html(tokens: Any) -> str:
-    """The levels of `codalib.quantize.Tokens` as a table: grid, tokens and bits an image, codes in use; and the first image's maps."""
+    """The levels of `Tokens` as a table: grid, tokens and bits an image, codes in use; and the first image's maps."""
     rows, bits = [], 0.0
     for number, (level, used) in enumerate(zip(tokens, tokens.used, strict=True), start=1):
         p = level.shape[-1]
