@@ -31,6 +31,7 @@ STORED_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EMBEDDED_GENERATORS = {  # name -> folder; of the tokenizer "emoji-small"
     "emoji-class": Path(__file__).parents[1] / "data" / "maskgit-emoji-class",
+    "emoji-text": Path(__file__).parents[1] / "data" / "maskgit-emoji-text",
 }
 
 
