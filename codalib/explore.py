@@ -49,9 +49,7 @@ def explain(tokenizer: CodaTokenizer, image: Tensor, top: int = 20) -> Explained
     Raises ValueError where the image is not of the tokenizer's resolution.
     """
     device = next(tokenizer.parameters()).device
-    images = image[None].to(device)
-    tokenizer.encode(images, sample=False)  # checks the shape
-    latents = tokenizer.vae.encode(images, sample=False)
+    latents = tokenizer.vae.encode(image[None].to(device), sample=False)
     ranking = tokenizer.quantizer.ranking(latents, min(top, tokenizer.quantizer.codebook_size))
     tokens = Tokens((level.codes[..., 0] for level in ranking), tokenizer.quantizer.codebook_size)
     partial = torch.cat([tokenizer.quantizer.decode(tokens, levels=k) for k in range(1, len(tokens) + 1)])

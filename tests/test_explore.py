@@ -60,6 +60,8 @@ def test_an_image_is_explained_level_by_level(tokenizer, images):
     for level, ranking in zip(explained.tokens, explained.ranking, strict=True):
         assert torch.equal(ranking.codes[..., 0], level)
         assert (ranking.scores.diff(dim=-1) <= 0).all()
+    with pytest.raises(ValueError, match="latents of shape"):
+        explain(tokenizer, image[:, :32, :32])
 
 
 def test_a_place_is_followed_through_the_levels(tokenizer, images):
