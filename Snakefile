@@ -38,6 +38,7 @@ NEEDS = {
     "fig7_reconstructions": ["01_train_tokenizer"],
     "table3_generation": [],
     "table4_ablations": ["01_train_variants"],
+    "table5_text_to_image": [],
     "fig7_samples": [],
 }
 STAGES = profile_stages(PROFILE, NEEDS)  # an unknown profile stops here, with the known ones named

@@ -1,9 +1,9 @@
 """Measure generated images: Frechet distance, precision and recall, the asked class, copies of training images.
 
-A method is a way to draw samples (`Sampling`) from one generator, or one of five that need none and say what a number
-means: the validation images, as many training images, the tokenizer's reconstructions of the validation images (what
-a perfect generator of tokens would give), and reconstructions of shuffled tokens: what a generator gives that knows
-nothing but how often each code stands at each place, or in each level.
+A method is a way to draw samples (`Sampling`) from one generator, or one of six that need none and say what a number
+means: the validation images, as many training images, the tokenizer's reconstructions of both (those of the training
+images are what a perfect generator of tokens would give: new pictures), and reconstructions of shuffled tokens: what a
+generator gives that knows nothing but how often each code stands at each place, or in each level.
 
 Every number comes from the pooled features of one network, "fid" from Inception and "fd_effnet" from EfficientNet; the
 class is told, and copies are looked for, in EfficientNet's. The work is shared by the processes of
@@ -43,8 +43,9 @@ from codalib.tokens import TokenCache, cache_tokens, check_generator, tokenizer_
 log = logging.getLogger(__name__)
 
 VALIDATION, TRAINING = "validation images", "training images"
-RECONSTRUCTIONS, SHUFFLED, SHUFFLED_LEVELS = "tokenizer", "shuffled tokens", "shuffled levels"
-BASELINES = (VALIDATION, TRAINING, RECONSTRUCTIONS, SHUFFLED, SHUFFLED_LEVELS)
+RECONSTRUCTIONS, UNPAIRED = "tokenizer", "tokenizer on training images"
+SHUFFLED, SHUFFLED_LEVELS = "shuffled tokens", "shuffled levels"
+BASELINES = (VALIDATION, TRAINING, RECONSTRUCTIONS, UNPAIRED, SHUFFLED, SHUFFLED_LEVELS)
 REFERENCES = ("val", "train")
 COPY_QUANTILE = 0.01  # a sample is a copy where it is nearer to a training image than this share of unseen ones is
 # Of the probe's least squares, times the features' mean variance. With it the probe is right for 81 % of the emoji's
@@ -382,12 +383,14 @@ class _Stage:
         if name == VALIDATION:
             return self.real["val"], labels[self.real["val"]["number"]]
         count = self.settings.samples or len(self.val)
-        if name == TRAINING:
-            if self.train is None:
-                raise ValueError(f"train_limit is 0, expected training images for the baseline {TRAINING!r}")
-            return self._of_training(count)
-        if name in (RECONSTRUCTIONS, SHUFFLED, SHUFFLED_LEVELS):
-            tokens, asked = self._val_tokens()
+        if name in (TRAINING, UNPAIRED):
+            train = self.train or load_dataset(self.settings.dataset, "train", self.tokenizer.resolution, False)
+            images = train.subset(asked_images(min(count, len(train)), len(train)).tolist())
+            if name == TRAINING:
+                columns = self._kept(name, len(images), lambda share: self._real(images, share))
+                return columns, images.labels[columns["number"]]
+        if name in (RECONSTRUCTIONS, UNPAIRED, SHUFFLED, SHUFFLED_LEVELS):
+            tokens, asked = self._tokens("train", images) if name == UNPAIRED else self._tokens("val", self.val)
             generator = torch.Generator().manual_seed(self.settings.seed)
             if name == SHUFFLED:
                 tokens = shuffle_tokens(tokens, generator)
@@ -401,19 +404,15 @@ class _Stage:
         key = self.hash, self.weights, asdict(sampling), self.settings.seed
         return self._kept("samples", count, lambda share: self._drawn(sampling, images, share), *key), labels[images]
 
-    def _of_training(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
-        rows = torch.linspace(0, len(self.train) - 1, min(count, len(self.train))).round().long()
-        rows = rows[rows < len(self.real["train"]["number"])]  # there may be unreadable ones
-        chosen = {name: column[rows] for name, column in self.real["train"].items()}
-        return chosen, self.train.labels[chosen["number"]]
-
-    def _val_tokens(self) -> tuple[Tensor, Tensor]:
-        """The validation images' tokens (N, L) and labels."""
+    def _tokens(self, split: str, images: ImageDataset) -> tuple[Tensor, Tensor]:
+        """Images' tokens (N, L) and labels."""
         share = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
         settings, seed = self.settings, self.settings.seed
-        folder = self.folder / "generated" / f"tokens-{_mark(self.hash, settings.dataset, settings.val_limit, seed)}"
+        limits = settings.val_limit, settings.train_limit
+        mark = _mark(self.hash, settings.dataset, len(images), limits, seed)
+        folder = self.folder / "generated" / f"tokens-{split}-{mark}"
         batch = {"batch_size": settings.batch_size, "workers": settings.workers}
-        cache_tokens(self.tokenizer, self.val, folder, seed=seed, **batch, **share)
+        cache_tokens(self.tokenizer, images, folder, seed=seed, **batch, **share)
         self.accelerator.wait_for_everyone()
         cache = TokenCache.open(folder, self.hash)
         batch = cache.batch(range(len(cache)))
