@@ -396,6 +396,9 @@ class _Stage:
                 tokens = shuffle_tokens(tokens, generator)
             elif name == SHUFFLED_LEVELS:
                 tokens = shuffle_levels(tokens, self.tokenizer.quantizer.scales, generator)
+            if count < len(tokens):  # as many as there are samples: a Frechet distance grows where there are fewer
+                rows = asked_images(count, len(tokens))
+                tokens, asked = tokens[rows], asked[rows]
             key = self.hash, self.settings.seed
             return self._kept(name, len(tokens), lambda share: self._decoded(tokens, share), *key), asked
         if self.model is None:
