@@ -15,33 +15,32 @@ RUNS = os.path.relpath(runs_folder(PROFILE))
 REPORTS = os.path.relpath(reports_folder(PROFILE))
 PYTHON = sys.executable
 
-# Stage -> the stages whose results it reads. None reads 00, and 02 reads no stage: the VAE of a long run and the
-# tokenizer of 149 tokens are in data/.
-NEEDS = {
-    "start_here": [],
-    "explore": [],
-    "bring_your_own": [],
-    "00_pretrain_vae": [],
-    "01_fit_quantizers": [],
-    "01_train_tokenizer": [],
-    "01_train_baselines": [],
-    "01_train_variants": [],
-    "02_train_maskgit": [],
-    "03_text_to_image": [],
-    "fig1_comparison": ["01_train_baselines"],
-    "fig3_latent_space": ["01_fit_quantizers"],
-    "fig4_levels": ["01_fit_quantizers"],
-    "fig5_confidence": ["01_fit_quantizers"],
-    "fig6_dynamics": ["01_fit_quantizers"],
-    "table1_ablation": ["01_fit_quantizers", "01_train_tokenizer"],
-    "table2_reconstruction": ["01_train_tokenizer"],
-    "fig7_reconstructions": ["01_train_tokenizer"],
-    "table3_generation": [],
-    "table4_ablations": ["01_train_variants"],
-    "table5_text_to_image": [],
-    "fig7_samples": [],
-}
-STAGES = profile_stages(PROFILE, NEEDS)  # an unknown profile stops here, with the known ones named
+ORDER = [
+    "start_here",
+    "explore",
+    "bring_your_own",
+    "00_pretrain_vae",
+    "01_fit_quantizers",
+    "01_train_tokenizer",
+    "01_train_baselines",
+    "01_train_variants",
+    "02_train_maskgit",
+    "03_text_to_image",
+    "fig1_comparison",
+    "fig3_latent_space",
+    "fig4_levels",
+    "fig5_confidence",
+    "fig6_dynamics",
+    "table1_ablation",
+    "table2_reconstruction",
+    "fig7_reconstructions",
+    "table3_generation",
+    "table4_ablations",
+    "table5_text_to_image",
+    "fig7_samples",
+]
+# Stage -> the stages whose folders its values name. An unknown profile stops here, with the known ones named.
+STAGES = profile_stages(PROFILE, ORDER)
 
 
 def finished(stages):
@@ -66,7 +65,7 @@ rule all:  # names every result, so that one that an interrupted run took away i
 
 rule stage:
     input:
-        needs=lambda wildcards: finished(NEEDS[wildcards.stage]),
+        needs=lambda wildcards: finished(STAGES[wildcards.stage]),
         library=lambda wildcards: library_files(f"notebooks/{wildcards.stage}.ipynb"),
         data=files("data", ".parquet", ".safetensors"),
         notebook="notebooks/{stage}.ipynb",

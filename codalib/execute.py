@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,22 +68,35 @@ def profile_section(profile: str, notebook: str) -> dict[str, Any]:
     return section
 
 
-def profile_stages(profile: str, needs: Mapping[str, list[str]]) -> list[str]:
-    """The notebooks that PROFILE runs, in the order of NEEDS (notebook -> those that it needs): its `stages`, or all.
+def profile_stages(profile: str, order: Sequence[str]) -> dict[str, list[str]]:
+    """The notebooks that PROFILE runs, its `stages` or all, in ORDER: notebook -> those whose results it reads.
 
-    Raises StageError for a name that is not in NEEDS, and for a notebook that needs one which the profile does not run.
+    A notebook reads the results of another where one of its values names that one's folder, "PROFILE/NOTEBOOK".
+    Raises StageError for a name that is not in ORDER, and for a notebook that reads one which the profile does not run.
     """
-    chosen = _read_profile(profile).get(STAGES, list(needs))
-    unknown = [str(name) for name in chosen if name not in needs]
+    chosen = _read_profile(profile).get(STAGES, order)
+    unknown = [str(name) for name in chosen if name not in order]
     if unknown:
         raise StageError(
-            f"{profile_path(profile)}: {STAGES} names {', '.join(unknown)}, expected some of {', '.join(needs)}."
+            f"{profile_path(profile)}: {STAGES} names {', '.join(unknown)}, expected some of {', '.join(order)}."
         )
-    for name in chosen:
-        missing = [need for need in needs[name] if need not in chosen]
+    needs = {}
+    for name in (name for name in order if name in chosen):
+        texts = list(_texts(profile_section(profile, name)))
+        needs[name] = [other for other in order if any(f"{text}/".startswith(f"{profile}/{other}/") for text in texts)]
+        missing = [other for other in needs[name] if other not in chosen]
         if missing:
             raise StageError(f"{profile_path(profile)}: {name} needs {', '.join(missing)}: add it to {STAGES}.")
-    return [name for name in needs if name in chosen]
+    return needs
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of a profile, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _read_profile(profile: str) -> dict[str, Any]:

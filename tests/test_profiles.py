@@ -46,22 +46,26 @@ def test_every_key_has_a_comment(path):
 
 
 def test_a_profile_runs_the_stages_that_it_names(tmp_path, monkeypatch):
-    needs = {"a": [], "b": ["a"], "c": []}
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "profiles").mkdir()
     monkeypatch.setattr("codalib.execute.project_folder", lambda: tmp_path)
     profile = tmp_path / "profiles" / "p.yaml"
 
+    for name in "abc":
+        (tmp_path / "notebooks" / f"{name}.ipynb").touch()
+
     def stages(text):
         profile.write_text(text)
-        return profile_stages("p", needs)
+        return profile_stages("p", ["a", "b", "c"])
 
-    assert stages("") == ["a", "b", "c"]
-    assert stages("stages: [c, a]") == ["a", "c"]
+    assert list(stages("")) == ["a", "b", "c"]
+    assert stages("stages: [c, a]") == {"a": [], "c": []}
+    reading = "b:\n  where: p/a/model\nc:\n  several: {x: [p/b], y: other/a, z: p/abc}\n"
+    assert stages(reading) == {"a": [], "b": ["a"], "c": ["b"]}
     with pytest.raises(StageError, match=r"names d, expected some of a, b, c"):
         stages("stages: [d]")
     with pytest.raises(StageError, match=r"b needs a: add it to stages"):
-        stages("stages: [b]")
+        stages("stages: [b]\n" + reading)
 
 
 IMAGENET = [path for path in PROFILES if path.stem.startswith("imagenet-")]  # the tokenizers
@@ -119,22 +123,24 @@ def project(tmp_path_factory):
     shutil.copytree(ROOT / "codalib", root / "codalib")
     for folder in ("notebooks", "profiles"):
         (root / folder).mkdir()
-    needs = 'NEEDS = {"00_first": [], "01_second": ["00_first"], "fig_other": ["00_first"]}'
-    text, count = re.subn(r"NEEDS = \{.*?\n\}", needs, (ROOT / "Snakefile").read_text(), flags=re.DOTALL)
+    order = 'ORDER = ["00_first", "01_second", "fig_other"]'
+    text, count = re.subn(r"ORDER = \[.*?\n\]", order, (ROOT / "Snakefile").read_text(), flags=re.DOTALL)
     assert count == 1
     (root / "Snakefile").write_text(text)
     for stage in STAGES:
         record = f"from codalib.runs import Run\nRun(output, '{stage}', {{'steps': steps}}, seed=0).finish()"
         if stage == "report":
             record += "\nfrom codalib.report import build\nbuild('tiny')"
-        parameters = v4.new_code_cell('output: str = "x"\nsteps: int = 1', metadata={"tags": ["parameters"]})
+        values = 'output: str = "x"\nsteps: int = 1\nreads: str | None = None'
+        parameters = v4.new_code_cell(values, metadata={"tags": ["parameters"]})
         notebook = v4.new_notebook(cells=[parameters, v4.new_code_cell(record)])
         nbformat.write(notebook, root / "notebooks" / f"{stage}.ipynb")
-    (root / "profiles" / "tiny.yaml").write_text("01_second:\n  steps: 2\n")
+    (root / "profiles" / "tiny.yaml").write_text(TINY + "01_second:\n  reads: tiny/00_first/model\n  steps: 2\n")
     assert snakemake(root, *RUN) == set(STAGES)
     return root
 
 
+TINY = "fig_other:\n  reads: tiny/00_first\n"
 STAGES = ("00_first", "01_second", "fig_other", "report")
 RUN = ("--printshellcmds", "--config", "profile=tiny")
 DRY = ("-n", *RUN)
@@ -149,7 +155,7 @@ def test_a_second_run_does_nothing(project):
 @pytest.mark.parametrize(
     ("section", "stages"),
     [
-        ("01_second:\n  steps: 2\nfig_other:\n  steps: 5\n", {"fig_other", "report"}),
+        ("  steps: 5\n01_second:\n  steps: 2\n", {"fig_other", "report"}),
         ("01_second:\n  steps: 3\n", {"01_second", "report"}),
         ("01_second:\n  steps: 2\n00_first:\n  steps: 3\n", set(STAGES)),
     ],
@@ -157,7 +163,7 @@ def test_a_second_run_does_nothing(project):
 def test_one_changed_value_runs_only_what_depends_on_it(project, section, stages):
     profile = project / "profiles" / "tiny.yaml"
     before = profile.read_text()
-    profile.write_text(section)
+    profile.write_text(TINY + section.replace("01_second:\n", "01_second:\n  reads: tiny/00_first/model\n"))
     assert snakemake(project, *DRY) == stages
     profile.write_text(before)
 
