@@ -228,13 +228,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper: what it says and where, the published comparisons behind it, and a caution."""
+    """One claim of the paper: what it says and where, the published comparisons behind it.
+
+    `title` is the claim in a few words, `caution` what a check of it, here or in the paper, cannot show.
+    """
 
     id: str
+    title: str
     statement: str
     source: str
+    caution: str
     comparisons: tuple[Comparison, ...] = ()
-    caution: str = ""
 
 
 def _ladder(column: str, *methods: str) -> tuple[Comparison, ...]:
@@ -247,96 +251,125 @@ CLAIMS = {
     claim.id: claim
     for claim in (
         Claim(
-            "ladder",
-            "Each component - residual levels, attention, adapted VAE - lowers the quantization error and the Fréchet "
-            "distance, and raises PSNR and SSIM.",
-            "Table 1",
-            tuple(
+            id="ladder",
+            title="Each step of the ladder helps",
+            statement="Each component - residual levels, attention, adapted VAE - lowers the quantization error and "
+            "the Fréchet distance, and raises PSNR and SSIM.",
+            source="Table 1",
+            caution="The rungs are added in one order; what a component is worth without those before it stays open.",
+            comparisons=tuple(
                 comparison
                 for column in ("quantization_error", "rfid", "psnr", "ssim")
                 for comparison in _ladder(column, _VQ, _RESIDUAL, _ATTENTION, _ADAPTED)
             ),
         ),
         Claim(
-            "residual_error",
-            "Residual quantization lowers the quantization error of plain vector quantization.",
-            "Table 1, Section 4",
-            _ladder("quantization_error", _VQ, _RESIDUAL) + _ladder("rfid", _VQ, _RESIDUAL),
+            id="residual_error",
+            title="Residual levels lower the error",
+            statement="Residual quantization lowers the quantization error of plain vector quantization.",
+            source="Table 1, Section 4",
+            caution="The residual quantizer writes an image in several times as many tokens: bits are not held equal.",
+            comparisons=_ladder("quantization_error", _VQ, _RESIDUAL) + _ladder("rfid", _VQ, _RESIDUAL),
         ),
         Claim(
-            "levels_monotone",
-            "Each further residual level lowers the quantization error, and the Fréchet distance with it.",
-            "Figure 4, Section 4",
+            id="levels_monotone",
+            title="Every level lowers the error",
+            statement="Each further residual level lowers the quantization error, and the Fréchet distance with it.",
+            source="Figure 4, Section 4",
             caution="The figure's values are not printed in the paper; only its ends stand in Table 1.",
         ),
         Claim(
-            "attention_utilization",
-            "Attention-based assignment uses every code, where nearest-neighbour assignment leaves half unused.",
-            "Table 1, Section 4",
-            _ladder("utilization", _RESIDUAL, _ATTENTION),
+            id="attention_utilization",
+            title="Attention uses every code",
+            statement="Attention-based assignment uses every code, where nearest-neighbour assignment leaves half "
+            "unused.",
+            source="Table 1, Section 4",
             caution="Utilization depends on how many images it is counted over.",
+            comparisons=_ladder("utilization", _RESIDUAL, _ATTENTION),
         ),
         Claim(
-            "attention_error",
-            "Attention-based assignment lowers the quantization error of residual quantization.",
-            "Table 1, Section 4",
-            _ladder("quantization_error", _RESIDUAL, _ATTENTION) + _ladder("rfid", _RESIDUAL, _ATTENTION),
-            caution="Depends on how well the nearest-neighbour baseline is tuned.",
+            id="attention_error",
+            title="Attention lowers the error",
+            statement="Attention-based assignment lowers the quantization error of residual quantization.",
+            source="Table 1, Section 4",
+            caution="Depends on how well the nearest-neighbour baseline is tuned, and for how long both are trained.",
+            comparisons=_ladder("quantization_error", _RESIDUAL, _ATTENTION) + _ladder("rfid", _RESIDUAL, _ATTENTION),
         ),
         Claim(
-            "adaptation_closes_gap",
-            "Adapting the VAE to its tokens closes most of the gap to the continuous VAE.",
-            "Table 1, Table 4a, Section 4",
-            _ladder("rfid", _ATTENTION, _ADAPTED) + _ladder("psnr", _ATTENTION, _ADAPTED),
-            caution="The quantization error is taken in the adapted encoder's own latents, whose spread may shrink.",
+            id="adaptation_closes_gap",
+            title="Adaptation closes the gap to the continuous VAE",
+            statement="Adapting the VAE to its tokens closes most of the gap to the continuous VAE.",
+            source="Table 1, Table 4a, Section 4",
+            caution="The quantization error is taken in the adapted encoder's own latents, whose spread may shrink; a "
+            "short adaptation closes less than a long one.",
+            comparisons=_ladder("rfid", _ATTENTION, _ADAPTED) + _ladder("psnr", _ATTENTION, _ADAPTED),
         ),
         Claim(
-            "decoder_over_encoder",
-            "Adapting the decoder improves reconstruction much more than adapting the encoder.",
-            "Table 4a, Section 5.3",
-            (Comparison("4a", "rfid", "encoder", "decoder"), Comparison("4a", "psnr", "encoder", "decoder")),
+            id="decoder_over_encoder",
+            title="The decoder's adapters matter more",
+            statement="Adapting the decoder improves reconstruction much more than adapting the encoder.",
+            source="Table 4a, Section 5.3",
+            caution="Both halves' adapters have one rank, though not the same number of weights.",
+            comparisons=(
+                Comparison("4a", "rfid", "encoder", "decoder"),
+                Comparison("4a", "psnr", "encoder", "decoder"),
+            ),
         ),
         Claim(
-            "codebook_scaling",
-            "Larger codebooks, up to 65,536 codes, steadily improve reconstruction and do not collapse.",
-            "Table 4b, Section 5.3",
-            tuple(Comparison("4b", "rfid", a.method, b.method) for a, b in pairwise(TABLE_4B.rows)),
+            id="codebook_scaling",
+            title="Larger codebooks help and do not collapse",
+            statement="Larger codebooks, up to 65,536 codes, steadily improve reconstruction and do not collapse.",
+            source="Table 4b, Section 5.3",
+            caution="Each size has the same training; a larger codebook may need more, and the sizes here say nothing "
+            "of larger ones.",
+            comparisons=tuple(Comparison("4b", "rfid", a.method, b.method) for a, b in pairwise(TABLE_4B.rows)),
         ),
         Claim(
-            "normalisation",
-            "Normalising queries and keys improves reconstruction; RMS and layer norm do so alike.",
-            "Table 4c, Section 5.3",
-            (Comparison("4c", "rfid", "none", "layer"), Comparison("4c", "rfid", "none", "rms")),
+            id="normalisation",
+            title="Normalised queries and keys help",
+            statement="Normalising queries and keys improves reconstruction; RMS and layer norm do so alike.",
+            source="Table 4c, Section 5.3",
+            caution="One learning rate and one entropy weight serve all norms; without a norm others may be better.",
+            comparisons=(Comparison("4c", "rfid", "none", "layer"), Comparison("4c", "rfid", "none", "rms")),
         ),
         Claim(
-            "sparse_assignment",
-            "Attention assigns a feature to one code with confidence; distances leave several codes equally near.",
-            "Figure 5, Section 4",
+            id="sparse_assignment",
+            title="Attention's assignments are sure",
+            statement="Attention assigns a feature to one code with confidence; distances leave several codes equally "
+            "near.",
+            source="Figure 5, Section 4",
             caution="The paper draws distances beside softmax scores: two scales that do not compare directly.",
         ),
         Claim(
-            "codes_cover_latents",
-            "In training, attention spreads the codes over the whole latent space; with nearest neighbours few spread.",
-            "Figure 6, Section 4",
+            id="codes_cover_latents",
+            title="Attention spreads the codes over the latents",
+            statement="In training, attention spreads the codes over the whole latent space; with nearest neighbours "
+            "few spread.",
+            source="Figure 6, Section 4",
             caution="A two-dimensional embedding is a picture, not a measurement.",
         ),
         Claim(
-            "training_budget",
-            "Adaptation needs six times fewer training iterations than VQGAN.",
-            "Table 2, Section 5.2",
+            id="training_budget",
+            title="Six times fewer iterations than VQGAN",
+            statement="Adaptation needs six times fewer training iterations than VQGAN.",
+            source="Table 2, Section 5.2",
             caution="50K against 300K iterations; the pretrained VAE's own training is not counted.",
         ),
         Claim(
-            "more_steps",
-            "Sampling with 32 steps gives better images than with 8.",
-            "Table 3, Section 5.2",
-            (Comparison("3", "fid", "CODA MaskGIT-L, 8 steps", "CODA MaskGIT-L, 32 steps"),),
+            id="more_steps",
+            title="32 steps beat 8",
+            statement="Sampling with 32 steps gives better images than with 8.",
+            source="Table 3, Section 5.2",
+            caution="Seeds are those of the draws from one generator; other generators were not trained.",
+            comparisons=(Comparison("3", "fid", "CODA MaskGIT-L, 8 steps", "CODA MaskGIT-L, 32 steps"),),
         ),
         Claim(
-            "generation_gains",
-            "MaskGIT generates better images from CODA's tokens than from those of earlier tokenizers.",
-            "Table 3, Section 5.2",
-            tuple(Comparison("3", "fid", m, "CODA MaskGIT-L, 8 steps") for m in ("MaskGIT", "MaskGIT-FSQ")),
+            id="generation_gains",
+            title="MaskGIT gains from CODA's tokens",
+            statement="MaskGIT generates better images from CODA's tokens than from those of earlier tokenizers.",
+            source="Table 3, Section 5.2",
+            caution="The paper's rows differ in the generator's size, steps and training as well as in the tokenizer.",
+            comparisons=tuple(Comparison("3", "fid", m, "CODA MaskGIT-L, 8 steps") for m in ("MaskGIT", "MaskGIT-FSQ")),
         ),
     )
 }

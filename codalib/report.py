@@ -6,7 +6,6 @@ It reads only the `manifest.json` of each stage in `runs/PROFILE/` and the files
 import html
 import itertools
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,31 +155,51 @@ def _glance(stages: Sequence[Stage]) -> str:
 
 
 def _claims(stages: Sequence[Stage], folder: Path) -> str:
-    """The checked claims with their verdicts; then those that no stage of this run has checked."""
-    items, checked = [], set()
+    """The checked claims in the paper's order: a table of verdicts, then each; then those that no stage has checked."""
+    found: dict[str, list[tuple[Stage, Mapping[str, Any]]]] = {}
     for stage in stages:
         for result in stage.results("claims"):
             if result["id"] not in CLAIMS or result["verdict"] not in VERDICTS:
                 raise ValueError(f"{stage.folder / MANIFEST} names an unknown claim or verdict: {result}.")
-            claim, style = CLAIMS[result["id"]], VERDICTS[result["verdict"]][0]
-            checked.add(claim.id)
-            caution = f'<p class="quiet">Caution: {pages.inline(claim.caution)}</p>' if claim.caution else ""
-            setting = result.get("setting", "")
-            anchor = "-".join(("claim", claim.id, *re.findall(r"[a-z]+", setting)))
-            verdict = result["verdict"].capitalize() + (f" ({pages.inline(setting)})" if setting else "")
-            items.append(
-                f'<li class="{style}-mark" id="{anchor}">'
-                f'<p><span class="{style}">{verdict}.</span> {pages.inline(claim.statement)}</p>'
-                f"<p>Measured: {pages.inline(str(result.get('effect', '')))}</p>"
-                f'<p class="quiet">{pages.inline(result.get("detail", ""))} Paper: {claim.source}; {_published(claim)}'
-                f"notebook {_link(stage, folder)}.</p>{caution}</li>"
-            )
-    rest = [claim for claim in CLAIMS.values() if claim.id not in checked]
-    parts = [f'<h2>The paper\'s claims</h2><ul class="claims">{"".join(items)}</ul>' if items else ""]
-    if items and rest:
+            found.setdefault(result["id"], []).append((stage, result))
+    if not found:
+        return ""
+    checked = {name: found[name] for name in CLAIMS if name in found}
+    settings = sorted({result.get("setting", "") for own in checked.values() for _, result in own})
+    rows = []
+    for name, own in checked.items():
+        verdicts = {result.get("setting", ""): _verdict(result) for _, result in own}
+        row = {"Claim": f'<a href="#claim-{name}">{html.escape(CLAIMS[name].title)}</a>'}
+        rows.append(row | {setting.capitalize() or "As trained": verdicts.get(setting, "") for setting in settings})
+    table = pages.table(pd.DataFrame(rows), markup=list(rows[0]))
+    items = "".join(_claim(CLAIMS[name], own, folder) for name, own in checked.items())
+    parts = [f"<h2>The paper's claims</h2>{table}", f'<ul class="claims">{items}</ul>']
+    if rest := [claim for claim in CLAIMS.values() if claim.id not in checked]:
         lines = "".join(f"<li>{pages.inline(claim.statement)} ({claim.source})</li>" for claim in rest)
         parts.append(f"<details><summary>Not checked in this run: {len(rest)}</summary><ul>{lines}</ul></details>")
     return "\n".join(parts)
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    return f'<span class="{VERDICTS[result["verdict"]][0]}">{result["verdict"].capitalize()}</span>'
+
+
+def _claim(claim: Claim, found: Sequence[tuple[Stage, Mapping[str, Any]]], folder: Path) -> str:
+    """One claim: what the paper says, then each verdict with what was measured, and what the run cannot show."""
+    lines = []
+    for _, result in found:
+        setting = f" ({pages.inline(result['setting'])})" if result.get("setting") else ""
+        effect, detail = (pages.inline(str(result.get(key, ""))) for key in ("effect", "detail"))
+        lines.append(f'<p>{_verdict(result)}{setting}. Measured: {effect}. <span class="quiet">{detail}</span></p>')
+    styles = {VERDICTS[result["verdict"]][0] for _, result in found}
+    mark = f' class="{styles.pop()}-mark"' if len(styles) == 1 else ""
+    links = ", ".join(dict.fromkeys(_link(stage, folder) for stage, _ in found))
+    return (
+        f'<li{mark} id="claim-{claim.id}"><p><strong>{html.escape(claim.title)}.</strong> '
+        f"{pages.inline(claim.statement)}</p>{''.join(lines)}"
+        f'<p class="quiet">Paper: {claim.source}; {_published(claim)}notebook {links}. '
+        f"What this cannot show: {pages.inline(claim.caution)}</p></li>"
+    )
 
 
 def _published(claim: Claim) -> str:

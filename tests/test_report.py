@@ -52,9 +52,11 @@ def soup(profile):
 def test_each_verdict_stands_with_its_effect_and_the_papers_numbers(soup):
     items = {item["id"]: item.get_text(" ") for item in soup.select(".claims li")}
     assert set(items) == {"claim-residual_error", "claim-attention_error", "claim-ladder"}
-    assert re.search(r"Holds\..*0\.2 → 0\.1.*0\.181 → 0\.094", items["claim-residual_error"])
-    assert "Does not hold." in items["claim-attention_error"]
-    assert "Undecided." in items["claim-ladder"]
+    assert list(items) == [f"claim-{name}" for name in CLAIMS if f"claim-{name}" in items]  # the paper's order
+    assert re.search(r"Holds\s*\..*0\.2 → 0\.1.*0\.181 → 0\.094", items["claim-residual_error"])
+    assert re.search(r"Does not hold\s*\.", items["claim-attention_error"])
+    assert re.search(r"Undecided\s*\.", items["claim-ladder"])
+    assert all(CLAIMS[name.removeprefix("claim-")].caution in text for name, text in items.items())
     assert "Of 3 checked claims of the paper, 1 holds, 1 does not hold, 1 is undecided." in soup.get_text()
     assert f"Not checked in this run: {len(CLAIMS) - 3}" in soup.get_text()
 
@@ -66,9 +68,12 @@ def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatc
     claims = [judge("residual_error", [gain], "x", setting=s) for gain, s in zip((0.1, -0.1), settings, strict=True)]
     Run("twice/table1", "table1", {}, seed=0).finish({"claims": claims})
     soup = BeautifulSoup(report.build("twice").read_text(), "html.parser")
-    items = {item["id"]: item.get_text(" ") for item in soup.select(".claims li")}
-    assert "Holds (paper's setting)." in items["claim-residual_error-paper-s-setting"]
-    assert "Does not hold (best of its sweep)." in items["claim-residual_error-best-of-its-sweep"]
+    (item,) = (item.get_text(" ") for item in soup.select(".claims li"))
+    assert re.search(r"Does not hold\s+\(best of its sweep\)", item)
+    assert re.search(r"Holds\s+\(paper's setting\)", item)
+    head, row = ([cell.get_text() for cell in line.select("th, td")] for line in soup.select("tr")[:2])
+    assert head == ["Claim", "Best of its sweep", "Paper's setting"]
+    assert row == [CLAIMS["residual_error"].title, "Does not hold", "Holds"]
     assert "of 2 verdicts, 1 holds, 1 does not hold, 0 are undecided" in soup.get_text()
     assert f"Not checked in this run: {len(CLAIMS) - 1}" in soup.get_text()
 
