@@ -36,7 +36,7 @@ test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest --cov --cov-fail-under=85 --cov-report=term:skip-covered tests
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks tests/pictures_check.py
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/start_here.ipynb
