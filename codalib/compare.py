@@ -178,6 +178,19 @@ def markdown_table(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(re.sub(r"([|])", r"\\\1", cell) for cell in line) + " |" for line in lines)
 
 
+def prose(frame: pd.DataFrame) -> Any:
+    """A table of sentences for a notebook: whole, in lines that wrap, without the index."""
+    return frame.style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "normal"})
+
+
+def verdicts(claims: Sequence[Mapping[str, str]]) -> Any:
+    """What `judge` returned, as a table for a notebook; columns that are empty throughout are left out."""
+    frame = pd.DataFrame(claims, columns=["id", "setting", "verdict", "effect", "detail"]).rename(
+        columns={"id": "claim"}
+    )
+    return prose(frame.loc[:, [name == "verdict" or frame[name].any() for name in frame]])
+
+
 def clock(seconds: float | None) -> str:
     """Seconds as people say them, "" for None."""
     if seconds is None:

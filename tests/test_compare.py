@@ -15,6 +15,7 @@ from codalib.compare import (
     readable,
     size,
     spread,
+    verdicts,
 )
 from codalib.paper import TABLE_1, TABLE_2, TABLE_3
 
@@ -161,3 +162,12 @@ def test_rows_of_several_seeds_become_a_mean_and_a_spread():
 
 def test_a_verdict_names_its_setting():
     assert judge("residual_error", [0.1], "effect", setting="tuned")["setting"] == "tuned"
+
+
+def test_verdicts_are_shown_whole_without_empty_columns():
+    claims = [judge("residual_error", [0.1], "a long effect " * 20), judge("ladder", [-0.1], "x")]
+    page = verdicts(claims).to_html()
+    assert "a long effect " * 20 in page
+    assert "setting" not in page
+    assert "setting" in verdicts([judge("ladder", [1.0], "x", setting="paper's setting")]).to_html()
+    assert verdicts([]).to_html()
