@@ -1,4 +1,4 @@
-"""Notebooks in JupyterLab as a person uses them: headless Chromium, driven through Playwright.
+"""Notebooks in JupyterLab and the committed pages as a person sees them: headless Chromium, driven through Playwright.
 
 Skipped, with the reason, where no Chromium is installed; `.ci/run` installs Debian's. CODALIB_SCREENSHOTS names a
 folder that receives pictures of the widgets, for the README.
@@ -77,28 +77,39 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(lab):
-    """explore.ipynb open in JupyterLab, all its cells run, with what the console said in `page.said`."""
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.said = []
-        page.on("console", lambda message: message.type == "error" and page.said.append(message.text))
-        page.on("pageerror", lambda error: page.said.append(str(error)))
-        page.goto(f"{lab}/lab/tree/explore.ipynb?token={TOKEN}", timeout=1000 * START_SECONDS)
-        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=1000 * START_SECONDS)
-        page.get_by_text(re.compile(r"\(ipykernel\) \| Idle")).first.wait_for(timeout=1000 * START_SECONDS)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
-        page.locator("pre", has_text="tokens after each level").wait_for(timeout=1000 * RUN_SECONDS)
-        yield page
-        if folder := os.environ.get("CODALIB_SCREENSHOTS"):
-            for label in ("levels", "level", "guidance", "kept levels"):
-                view = page.locator(".jp-OutputArea-output", has=slider(page, label)).first
-                view.screenshot(path=f"{folder}/explore-{label.replace(' ', '-')}.png")
+        yield browser
         browser.close()
+
+
+def open_page(browser, width, height=1000):
+    """A page that keeps what its console says in `page.said`."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.said = []
+    page.on("console", lambda message: message.type == "error" and page.said.append(message.text))
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(lab, browser):
+    """explore.ipynb open in JupyterLab, all its cells run, with what the console said in `page.said`."""
+    page = open_page(browser, 1280)
+    page.goto(f"{lab}/lab/tree/explore.ipynb?token={TOKEN}", timeout=1000 * START_SECONDS)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=1000 * START_SECONDS)
+    page.get_by_text(re.compile(r"\(ipykernel\) \| Idle")).first.wait_for(timeout=1000 * START_SECONDS)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile("^Run All Cells")).click()
+    page.locator("pre", has_text="tokens after each level").wait_for(timeout=1000 * RUN_SECONDS)
+    yield page
+    if folder := os.environ.get("CODALIB_SCREENSHOTS"):
+        for label in ("levels", "level", "guidance", "kept levels"):
+            view = page.locator(".jp-OutputArea-output", has=slider(page, label)).first
+            view.screenshot(path=f"{folder}/explore-{label.replace(' ', '-')}.png")
 
 
 def slider(page, label):
@@ -187,3 +198,19 @@ def test_the_console_has_no_error(page):
         page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] pre").all_inner_texts()
         == []
     )
+
+
+@pytest.mark.parametrize("width", [390, 1280])  # a phone, a desktop
+def test_the_committed_pages_are_whole_and_fit_the_window(browser, width):
+    pages = sorted((ROOT / "reports").rglob("*.html"))
+    assert pages
+    page = open_page(browser, width)
+    for path in pages:
+        page.goto(path.as_uri())
+        needed, broken = page.evaluate(
+            "[document.documentElement.scrollWidth, [...document.images].filter(i => !i.naturalWidth).length]"
+        )
+        assert needed <= width, path
+        assert not broken, path
+        assert not page.said, (path, page.said)
+    page.close()
