@@ -72,8 +72,8 @@ def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatc
     assert re.search(r"Does not hold\s+\(best of its sweep\)", item)
     assert re.search(r"Holds\s+\(paper's setting\)", item)
     head, row = ([cell.get_text() for cell in line.select("th, td")] for line in soup.select("tr")[:2])
-    assert head == ["Claim", "Best of its sweep", "Paper's setting"]
-    assert row == [CLAIMS["residual_error"].title, "Does not hold", "Holds"]
+    assert head == ["Claim", "Paper's setting", "Best of its sweep"]
+    assert row == [CLAIMS["residual_error"].title, "Holds", "Does not hold"]
     assert "of 2 verdicts, 1 holds, 1 does not hold, 0 are undecided" in soup.get_text()
     assert f"Not checked in this run: {len(CLAIMS) - 1}" in soup.get_text()
 
