@@ -25,6 +25,7 @@ ORDER = [
     "01_train_baselines",
     "01_train_variants",
     "02_train_maskgit",
+    "02_compare_tokenizers",
     "03_text_to_image",
     "fig1_comparison",
     "fig3_latent_space",

@@ -14,7 +14,7 @@ from codalib.train import SCRATCH, TokenizerSettings
 BASE = "base"
 VQ_BETA = 0.25  # of VQ's commitment term (arXiv:1711.00937)
 TABLES = {"adapters": "4a", "codebook_size": "4b", "norm": "4c"}  # what differs -> the table that compares it
-VARIANTS = "variants.json"
+VARIANTS, GENERATORS = "variants.json", "generators.json"
 PETA = 1e15
 
 
@@ -171,6 +171,23 @@ def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tu
                 step = before + (after - before) * (wanted - low) / (high - low)
         ratios.append(step / quick[-1][0])
     return ratios, reached
+
+
+def write_generators(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
+    """Write the list of generators that differ in their tokenizer, for `generator_rows`.
+
+    Rows of "method", "seed", "tokenizer" (as `codalib.evaluate.find_model` takes it) and "generator" (below FOLDER).
+    """
+    named = [row | {"generator": str(Path(row["generator"]).relative_to(folder))} for row in rows]
+    write_json(Path(folder) / GENERATORS, named)
+
+
+def generator_rows(folder: str) -> list[dict[str, Any]]:
+    """What 02_compare_tokenizers wrote below `runs_folder()`, as `write_generators` got it, the judged method first."""
+    place = runs_folder(folder)
+    if not (place / GENERATORS).exists():
+        raise ValueError(f"{place} holds no {GENERATORS}: expected the folder of 02_compare_tokenizers")
+    return [row | {"generator": str(place / row["generator"])} for row in read_json(place / GENERATORS)]
 
 
 def _read(folder: str) -> list[dict[str, Any]]:

@@ -8,11 +8,13 @@ from codalib.variants import (
     baseline_curves,
     baseline_rows,
     baseline_tokenizers,
+    generator_rows,
     pixel_error,
     steps_to_reach,
     table_4_rows,
     tokenizer_variants,
     variant_row,
+    write_generators,
     write_variants,
 )
 
@@ -104,3 +106,13 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
 def test_trials_are_chosen_by_the_end_of_their_training():
     log = [{"l1": 9.0, "l2": 9.0}] * 18 + [{"val_psnr": 1.0}] + [{"l1": 1.0, "l2": 2.0}, {"l1": 3.0, "l2": 4.0}]
     assert pixel_error(log, SETTINGS) == pytest.approx((0.2 * 1 + 2 + 0.2 * 3 + 4) / 2)
+
+
+def test_generators_on_several_tokenizers_are_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    row = {"method": "CODA", "seed": 1, "tokenizer": "emoji", "generator": str(tmp_path / "x/coda/seed-1/generator")}
+    write_generators([row], tmp_path / "x")
+    assert json.loads((tmp_path / "x" / "generators.json").read_text())[0]["generator"] == "coda/seed-1/generator"
+    assert generator_rows("x") == [row]
+    with pytest.raises(ValueError, match="the folder of 02_compare_tokenizers"):
+        generator_rows("y")
