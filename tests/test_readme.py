@@ -1,9 +1,13 @@
 """The README's Python runs, and its commands exist."""
 
+import json
 import re
 from pathlib import Path
 
 import torch
+
+from codalib.ablation import BEST, PAPER
+from codalib.paper import CLAIMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,6 +20,20 @@ def test_its_python_runs(tmp_path, monkeypatch):
     torch.manual_seed(0)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_its_verdicts_are_the_long_runs_own():
+    stages = json.loads((ROOT / "reports" / "emoji-long" / "manifest.json").read_text())
+    found = {}
+    for claim in (claim for stage in stages for claim in stage["results"].get("claims", [])):
+        found.setdefault(claim["id"], {})[claim["setting"]] = claim
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in README.splitlines() if line.startswith("| ")]
+    shown = {cells[0]: cells[1:] for cells in rows if len(cells) == 4}
+    for name, own in found.items():
+        best = own.get(BEST) or own[""]
+        effect = best["effect"].replace("quantization_error", "error").replace("->", "→")
+        paper = own[PAPER]["verdict"] if PAPER in own else ""
+        assert shown[CLAIMS[name].title] == [paper, best["verdict"], effect], name
 
 
 def test_its_make_targets_and_files_exist():
