@@ -170,71 +170,7 @@ def _claims(stages: Sequence[Stage], folder: Path) -> str:
     for name, own in checked.items():
         verdicts = {result.get("setting", ""): _verdict(result) for _, result in own}
         row = {"Claim": f'<a href="#claim-{name}">{html.escape(CLAIMS[name].title)}</a>'}
-        row |= {setting.capitalize() or "As trained": verdicts.get(setting, "") for setting in settings}
-        rows.append(row)
-    table = pages.table(pd.DataFrame(rows), markup=["Page"], prose=["What it is"])
-    body = f"<h1>CODA, reproduced: all results</h1>{pages.markdown(SUMMARY)}{table}"
-    path = reports_folder() / "index.html"
-    with atomic_write(path) as file:
-        file.write(pages.page("CODA, reproduced", body))
-    return path
-
-
-def _description(name: str) -> str:
-    """The first sentences that a profile's file says about it: its comment up to the note on its sections."""
-    path = project_folder() / "profiles" / f"{name}.yaml"
-    if not path.exists():
-        return OTHER_PAGES.get(name, "")
-    lines = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines()]
-    return " ".join(itertools.takewhile(lambda line: line and not line.startswith("One section a notebook"), lines))
-
-
-def _link(stage: Stage, folder: Path, text: str = "") -> str:
-    name = html.escape(text or stage.name)
-    return f'<a href="{stage.name}.html">{name}</a>' if (folder / f"{stage.name}.html").exists() else name
-
-
-def _glance(stages: Sequence[Stage]) -> str:
-    """One sentence on the claims: how many were checked, and how the verdicts came out."""
-    found = [claim for stage in stages for claim in stage.results("claims")]
-    if not found:
-        return ""
-    verdicts, claims = [claim["verdict"] for claim in found], len({claim["id"] for claim in found})
-    counts = []
-    for verdict, (style, *words) in VERDICTS.items():
-        count = verdicts.count(verdict)
-        counts.append(f'<span class="{style}">{count} {words[count != 1]}</span>')
-    return "<p><strong>What this run found.</strong> " + (
-        f"Of {claims} checked claims of the paper, {', '.join(counts)}.</p>"
-        if claims == len(verdicts)
-        else f"{claims} claims of the paper were checked, some in more than one setting: of {len(verdicts)} "
-        f"verdicts, {', '.join(counts)}.</p>"
-    )
-
-
-def _claims(stages: Sequence[Stage], folder: Path) -> str:
-    """The checked claims in the paper's order: a table of verdicts, then each; then those that no stage has checked."""
-    found: dict[str, list[tuple[Stage, Mapping[str, Any]]]] = {}
-    for stage in stages:
-        for result in stage.results("claims"):
-            if result["id"] not in CLAIMS or result["verdict"] not in VERDICTS:
-                raise ValueError(f"{stage.folder / MANIFEST} names an unknown claim or verdict: {result}.")
-            found.setdefault(result["id"], []).append((stage, result))
-    if not found:
-        return ""
-    checked = {name: found[name] for name in CLAIMS if name in found}
-    settings = sorted({result.get("setting", "") for own in checked.values() for _, result in own}, reverse=True)
-    rows = []
-    for name, own in checked.items():
-        verdicts = {result.get("setting", ""): _verdict(result) for _, result in own}
-        row = {"Claim": f'<a href="#claim-{name}">{html.escape(CLAIMS[name].title)}</a>'}
-        rows.append(
-            row
-            | {
-                setting.capitalize() or "As trained": verdicts.get(setting, "")
-                for setting in sorted(settings, reverse=True)
-            }
-        )
+        rows.append(row | {setting.capitalize() or "As trained": verdicts.get(setting, "") for setting in settings})
     table = pages.table(pd.DataFrame(rows), markup=list(rows[0]))
     items = "".join(_claim(CLAIMS[name], own, folder) for name, own in checked.items())
     parts = [f"<h2>The paper's claims</h2>{table}", f'<ul class="claims">{items}</ul>']
