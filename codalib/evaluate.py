@@ -103,7 +103,7 @@ def evaluate_models(
         started = time.monotonic()
         model = load_vae(find_model(path)) if name in vaes else open_tokenizer(find_model(path))
         model.to(accelerator.device)
-        measures = _measures(settings, model, frechet, perceptual).to(accelerator.device)
+        measures = _measures(settings, model, frechet, perceptual)
         share = accelerator.process_index, accelerator.num_processes
         values = measure(model, images, measures, settings.batch_size, settings.seed, *share, settings.workers)
         protocol = measures.protocol()
@@ -163,9 +163,10 @@ def measure(
 
     Process RANK of WORLD does its share, and each returns the measures of the whole. The posterior is sampled, as the
     release does, with noise that depends on the seed and the image alone: the numbers change neither with the number
-    of processes nor with the batch.
+    of processes nor with the batch. The measures are moved to the model's device.
     """
     device = next(model.parameters()).device
+    measures.to(device)
     batches = evaluation_batches(images, batch_size, rank, world, workers)
     total = -(-len(range(rank, len(images), world)) // batch_size)
     for batch in tqdm(batches, total=total, desc="measuring", disable=rank > 0, mininterval=2.0):
@@ -195,6 +196,8 @@ def measure_levels(
     if len(measures) != len(model.quantizer.scales):
         raise ValueError(f"{len(measures)} sets of measures got, expected {len(model.quantizer.scales)}, one a level")
     device = next(model.parameters()).device
+    for own in measures:
+        own.to(device)
     for batch in tqdm(evaluation_batches(images, batch_size), total=-(-len(images) // batch_size), desc="levels"):
         pictures = batch["image"].to(device)
         noise = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in batch["index"].tolist()]

@@ -1,5 +1,7 @@
 """Every plot: functions of plain data that return matplotlib figures, in one style and colour-blind-safe colours."""
 
+import base64
+import html
 import io
 import itertools
 import math
@@ -15,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from codalib import pages
 from codalib.paper import COLUMNS
 from codalib.runs import atomic_write
 
@@ -322,8 +323,10 @@ def save_animation(frames: Sequence[Figure], folder: str | Path, name: str, seco
 
 
 def show(figure: Figure, caption: str, alt: str) -> None:
-    """Show a figure in a notebook with its caption, and with the text that stands for it where it cannot be seen."""
+    """Show a figure in a notebook with its caption, plain text, and what stands for it where it is not seen."""
     picture = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(picture, format="png", metadata={"Software": "codalib"})
-    display(HTML(pages.figure(picture.getvalue(), caption, alt)))
+    source = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode('ascii')}"
+    image, text = f'<img src="{source}" alt="{html.escape(alt)}">', f"<figcaption>{html.escape(caption)}</figcaption>"
+    display(HTML(f"<figure>{image}{text}</figure>"))

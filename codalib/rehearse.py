@@ -26,7 +26,7 @@ from codalib.counting import KeptForBackward, assignment_operations, count_opera
 from codalib.data import DataError, ImageDataset
 from codalib.discriminator import build_discriminator
 from codalib.evaluate import find_model
-from codalib.execute import StageError, declared_parameters, profile_section
+from codalib.execute import StageError, declared_parameters, profile_section, profile_stages
 from codalib.features import MissingWeights, has_weights
 from codalib.fetch import needed
 from codalib.launch import launch
@@ -81,6 +81,8 @@ class RandomImages(ImageDataset):
 def training_parameters(profile: str) -> dict[str, Any]:
     """All parameters of the notebook that trains the tokenizer, as PROFILE sets them; StageError for wrong ones."""
     path = project_folder() / "notebooks" / f"{NOTEBOOK}.ipynb"
+    if NOTEBOOK not in profile_stages(profile, sorted(file.stem for file in path.parent.glob("*.ipynb"))):
+        raise StageError(f"The profile {profile} does not run {NOTEBOOK}: rehearse one that does, imagenet-mar-65536.")
     declared = declared_parameters(nbformat.read(path, as_version=4))
     given = {name: default for name, (_, default) in declared.items()} | profile_section(profile, NOTEBOOK)
     try:

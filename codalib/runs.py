@@ -350,6 +350,13 @@ def machine() -> dict[str, Any]:
     return {"processor": processor, "cores": cores, "memory_bytes": memory, "gpu": _gpu("get_device_name")}
 
 
+def compute_device() -> str:
+    """Where a notebook computes: "cuda" where torch sees a GPU, else "cpu"."""
+    import torch  # here alone: what reads results needs no torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _gpu(query: str) -> Any:
     torch = sys.modules.get("torch")  # a run that never loaded torch used no GPU
     return getattr(torch.cuda, query)() if torch is not None and torch.cuda.is_available() else None

@@ -1,10 +1,11 @@
 """Tokenizers that are compared: of those that differ in one thing each (Table 4) and of other methods (Figure 1c)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from codalib.ablation import BEST, PAPER
 from codalib.baselines import LIBRARY_KINDS
 from codalib.loop import read_log
 from codalib.runs import read_json, runs_folder, write_json
@@ -12,6 +13,7 @@ from codalib.tokenizer import CodaTokenizer
 from codalib.train import SCRATCH, TokenizerSettings
 
 BASE = "base"
+BUDGET = "VQGAN-style", "CODA"  # whose training budgets the paper compares
 VQ_BETA = 0.25  # of VQ's commitment term (arXiv:1711.00937)
 TABLES = {"adapters": "4a", "codebook_size": "4b", "norm": "4c"}  # what differs -> the table that compares it
 VARIANTS, GENERATORS = "variants.json", "generators.json"
@@ -65,10 +67,32 @@ def baseline_tokenizers(
     } | {LIBRARY_KINDS[kind]: replace(frozen, kind=kind, scales=side * levels, entropy_weight=0.0) for kind in kinds}
 
 
+def tried(
+    train: Callable[[float, int], dict[str, Any]],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    score: str,
+    paper: float | None,
+) -> list[dict[str, Any]]:
+    """Train a method with every learning rate and the first seed; then its best and the paper's with the other seeds.
+
+    Args:
+        train: trains with a learning rate and a seed; returns a row with a number SCORE, of which the lowest is best.
+        paper: the paper's learning rate, which may be among the others; None: only the best is trained again.
+    Returns the rows, each with "settings": which of `BEST` and `PAPER` (`codalib.ablation`) it stands for, if any.
+    """
+    first = {rate: train(rate, seeds[0]) for rate in learning_rates}
+    best = min(first, key=lambda rate: first[rate][score])
+    settings = {rate: [name for name, own in ((BEST, best), (PAPER, paper)) if own == rate] for rate in first}
+    again = [(rate, seed) for rate in first for seed in seeds[1:] if settings[rate]]
+    rows = [*first.items(), *((rate, train(rate, seed)) for rate, seed in again)]
+    return [row | {"settings": settings[rate]} for rate, row in rows]
+
+
 def variant_row(name: str, settings: TokenizerSettings, tokenizer: str | Path) -> dict[str, Any]:
     """One trained variant, for `write_variants`; `tokenizer` is its folder, relative to theirs."""
-    differs = {field: getattr(settings, field) for field in TABLES}
-    return {"method": name, "seed": settings.seed, "tokenizer": str(tokenizer), **differs}
+    row = {"method": name, "seed": settings.seed, "learning_rate": settings.learning_rate, "tokenizer": str(tokenizer)}
+    return row | {field: getattr(settings, field) for field in TABLES}
 
 
 def write_variants(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
@@ -77,26 +101,30 @@ def write_variants(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
 
 
 def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
-    """Where each row of Tables 4a, 4b and 4c is to be measured: {"table", "method", "seed", "tokenizer"}.
+    """What each row of Tables 4a, 4b and 4c is measured on.
 
     The base stands in each table, under its own value.
 
     Args:
         folder: what the notebook 01_train_variants wrote, below `runs_folder()`; None: the embedded tokenizer, which
             is one row of each table.
+    Returns rows of "table", "method", "setting" (`BEST` or `PAPER`), "learning_rate" (None where it is not known),
+    "seed", "tokenizer" (its path).
     """
     if folder is None:
         embedded = CodaTokenizer.from_pretrained("emoji")
         own = {"adapters": embedded.vae.adapter_settings["where"]}
         own |= {field: embedded.quantizer.config()[field] for field in ("codebook_size", "norm")}
-        rows = [{"method": BASE, "seed": 0, "tokenizer": "emoji"} | own]
+        rows = [{"method": BASE, "settings": [BEST], "learning_rate": None, "seed": 0, "tokenizer": "emoji"} | own]
     else:
         rows = _read(folder)
     return [
-        {"table": table, "method": _word(row[field]), "seed": row["seed"], "tokenizer": row["tokenizer"]}
+        {"table": table, "method": _word(row[field]), "setting": setting}
+        | {name: row[name] for name in ("learning_rate", "seed", "tokenizer")}
+        for setting in (BEST, PAPER)
         for field, table in TABLES.items()
         for row in rows
-        if row["method"] in (BASE, _name(field, row[field]))
+        if row["method"] in (BASE, _name(field, row[field])) and setting in row["settings"]
     ]
 
 
@@ -107,11 +135,12 @@ def pixel_error(log: Sequence[dict[str, float]], settings: TokenizerSettings) ->
     return sum(last) / len(last)
 
 
-def baseline_rows(folder: str | None) -> list[dict[str, Any]]:
-    """The chosen tokenizers of `baseline_tokenizers` that 01_train_baselines trained: one row a method and seed.
+def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:
+    """The tokenizers of `baseline_tokenizers` that 01_train_baselines trained: one row a method and seed.
 
     Args:
         folder: what that notebook wrote, below `runs_folder()`; None: the embedded tokenizer alone.
+        setting: those that stand for `BEST` or for `PAPER`.
     Returns rows of "method", "seed", "tokenizer" (its path), "tokens", "codebook_size", and where it was trained here
     "learning_rate", "steps", "seconds", "petaflop" (10^15 operations of its training).
     """
@@ -119,7 +148,7 @@ def baseline_rows(folder: str | None) -> list[dict[str, Any]]:
         quantizer = CodaTokenizer.from_pretrained("emoji").quantizer
         size = {"tokens": quantizer.tokens, "codebook_size": quantizer.codebook_size}
         return [{"method": "CODA", "seed": 0, "tokenizer": "emoji"} | size]
-    rows = [row for row in _read(folder) if row["chosen"]]
+    rows = [row for row in _read(folder) if setting in row["settings"]]
     kept = ("method", "seed", "tokens", "codebook_size", "tokenizer", "learning_rate", "steps", "seconds")
     return [
         {name: row[name] for name in kept} | {"petaflop": row["operations_a_step"] * row["steps"] / PETA}
@@ -127,7 +156,7 @@ def baseline_rows(folder: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def baseline_curves(folder: str | None) -> list[dict[str, Any]]:
+def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:
     """The validations during training of the tokenizers of `baseline_rows`, none where FOLDER is None.
 
     Rows of "method", "seed", "steps" and "petaflop" so far, and "val_psnr".
@@ -139,7 +168,7 @@ def baseline_curves(folder: str | None) -> list[dict[str, Any]]:
             {"method": row["method"], "seed": row["seed"], "steps": line["step"], "val_psnr": line["val_psnr"]}
             | {"petaflop": row["operations_a_step"] * line["step"] / PETA}
             for row in _read(folder)
-            if row["chosen"]
+            if setting in row["settings"]
             for line in read_log(Path(row["tokenizer"]).parent)
             if "val_psnr" in line
         ]
@@ -176,7 +205,7 @@ def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tu
 def write_generators(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
     """Write the list of generators that differ in their tokenizer, for `generator_rows`.
 
-    Rows of "method", "seed", "tokenizer" (as `codalib.evaluate.find_model` takes it) and "generator" (below FOLDER).
+    Rows of `tried` with "method", "tokenizer" (as `codalib.evaluate.find_model` takes it), "generator" (below FOLDER).
     """
     named = [row | {"generator": str(Path(row["generator"]).relative_to(folder))} for row in rows]
     write_json(Path(folder) / GENERATORS, named)

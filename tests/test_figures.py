@@ -89,9 +89,9 @@ def test_drawing_leaves_the_callers_settings_alone():
 def test_a_shown_figure_carries_its_caption_and_alternative_text(monkeypatch):
     shown = []
     monkeypatch.setattr(figures, "display", lambda page: shown.append(page.data))
-    figures.show(figures.training_curves(LOG), "Curves of $l_1$.", 'it "falls"')
+    figures.show(figures.training_curves(LOG), "Curves of l < 1.", 'it "falls"')
     assert 'alt="it &quot;falls&quot;"' in shown[0]
-    assert "<figcaption>Curves of <math" in shown[0]
+    assert "<figcaption>Curves of l &lt; 1.</figcaption>" in shown[0]
 
 
 def test_points_stand_over_one_background_in_every_panel():

@@ -100,6 +100,26 @@ def test_the_papers_profiles_state_every_value_and_agree_with_the_defaults_of_th
             assert (tuple(stated) if isinstance(stated, list) else stated) == field.default, field.name
 
 
+def test_the_papers_comparisons_are_trained_as_its_tokenizer_is():
+    tokenizer = sections(ROOT / "profiles" / "imagenet-mar-65536.yaml")["01_train_tokenizer"]
+    compared = sections(ROOT / "profiles" / "ablations-imagenet.yaml")
+    for stage in ("01_train_variants", "01_train_baselines"):
+        values = compared[stage] | {"learning_rate": compared[stage]["learning_rates"][0]}
+        own = {"halves", "codebook_sizes", "norms", "learning_rates", "kinds", "levels", "longer"}
+        if stage == "01_train_baselines":
+            own |= {"codebook_size"}  # Figure 1c's 16,384
+        assert set(values) - own <= set(tokenizer)
+        assert {name: values[name] for name in set(values) - own} == {
+            name: tokenizer[name] for name in set(values) - own
+        }
+    fitted = compared["01_fit_quantizers"]
+    assert (fitted["batch_size"], fitted["steps"]) == (512, tokenizer["steps"])
+    assert fitted["codebook_size"] == tokenizer["codebook_size"]
+    for stage, values in compared.items():
+        if stage != "report":
+            assert (values["dataset"], values["resolution"]) == (tokenizer["dataset"], tokenizer["resolution"]), stage
+
+
 def test_smoke_changes_nothing():
     for stage, values in sections(ROOT / "profiles" / "smoke.yaml").items():
         declared = declared_parameters(nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4))

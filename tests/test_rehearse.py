@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from codalib import counting, rehearse
 from codalib.assign import softmax_assign
-from codalib.execute import StageError
+from codalib.execute import StageError, profile_stages
 from codalib.fetch import needed
 from codalib.layouts import CONFIGS
 from codalib.rehearse_page import page
@@ -19,7 +19,9 @@ from codalib.runs import project_folder, read_json, settings_from
 from codalib.train import TokenizerSettings, untrained_tokenizer
 from codalib.vae import load_vae
 
+NOTEBOOKS = sorted(path.stem for path in (project_folder() / "notebooks").glob("*.ipynb"))
 PROFILES = sorted(path.stem for path in (project_folder() / "profiles").glob("*.yaml"))
+PROFILES = [name for name in PROFILES if rehearse.NOTEBOOK in profile_stages(name, NOTEBOOKS)]
 TINY_KL16 = CONFIGS["ldm"] | {"block_out_channels": (4, 4, 8, 8, 8), "norm_num_groups": 4, "sample_size": 64}
 TINY = {"codebook_size": 32, "scales": (1, 2, 4), "resolution": 64, "batch_size": 8, "accumulation": 4, "processes": 2}
 
@@ -104,6 +106,8 @@ def test_what_cannot_be_rehearsed_is_one_sentence(nothing_here):
         rehearse.rehearse("smoke", parameters=parameters | {"vae": str(nothing_here)})
     with pytest.raises(StageError, match="no profile"):
         rehearse.rehearse("no such profile")
+    with pytest.raises(StageError, match="does not run 01_train_tokenizer: rehearse one that does"):
+        rehearse.training_parameters("maskgit-imagenet")
 
 
 @pytest.mark.parametrize("profile", PROFILES)

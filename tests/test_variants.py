@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from codalib.ablation import BEST, PAPER
 from codalib.runs import runs_folder
 from codalib.train import TokenizerSettings
 from codalib.variants import (
@@ -13,6 +14,7 @@ from codalib.variants import (
     steps_to_reach,
     table_4_rows,
     tokenizer_variants,
+    tried,
     variant_row,
     write_generators,
     write_variants,
@@ -41,9 +43,12 @@ def test_each_variant_differs_from_the_base_in_one_thing():
 def test_the_base_stands_in_each_table_and_a_variant_in_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     variants = tokenizer_variants(SETTINGS, ["decoder"], [256], [None])
-    write_variants([variant_row(name, own, f"{name}/tokenizer") for name, own in variants.items()], tmp_path / "x")
-    rows = [(row["table"], row["method"]) for row in table_4_rows("x")]
-    assert rows == [("4a", "both"), ("4a", "decoder"), ("4b", "64"), ("4b", "256"), ("4c", "rms"), ("4c", "none")]
+    rows = [variant_row(name, own, f"{name}/tokenizer") for name, own in variants.items()]
+    settings = [[BEST, PAPER], [BEST], [BEST], []]  # of the base, the decoder, 256 codes and no norm
+    write_variants([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x")
+    found = [(row["table"], row["method"], row["setting"]) for row in table_4_rows("x")]
+    best = [("4a", "both"), ("4a", "decoder"), ("4b", "64"), ("4b", "256"), ("4c", "rms")]
+    assert found == [(*row, BEST) for row in best] + [(*row, PAPER) for row in (best[0], best[2], best[4])]
     assert table_4_rows("x")[1]["tokenizer"] == str(runs_folder("x") / "adapters decoder/tokenizer")
     with pytest.raises(ValueError, match="the folder of 01_train_variants"):
         table_4_rows("y")
@@ -87,12 +92,14 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     common = {"method": "CODA", "seed": 0, "codebook_size": 8, "tokens": 5, "steps": 4, "seconds": 1.0}
     common |= {"operations_a_step": 1e15, "learning_rate": 0.1}
-    rows = [common | {"tokenizer": f"{name}/tokenizer", "chosen": name == "b"} for name in "ab"]
+    settings = {"a": [], "b": [BEST], "c": [PAPER]}
+    rows = [common | {"tokenizer": f"{name}/tokenizer", "settings": own} for name, own in settings.items()]
     write_variants(rows, tmp_path / "x")
     (tmp_path / "x/b").mkdir()
     lines = [{"step": 1, "l1": 1.0}, {"step": 2, "l1": 1.0, "val_psnr": 9.0}, {"step": 4, "l1": 1.0, "val_psnr": 11.0}]
     (tmp_path / "x/b/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (row,) = baseline_rows("x")
+    (row,), (paper,) = baseline_rows("x"), baseline_rows("x", PAPER)
+    assert paper["tokenizer"] == str(tmp_path / "x/c/tokenizer")
     assert row["tokenizer"] == str(tmp_path / "x/b/tokenizer")
     assert row["petaflop"] == 4
     assert [(line["steps"], line["petaflop"], line["val_psnr"]) for line in baseline_curves("x")] == [
@@ -101,6 +108,21 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
     ]
     assert baseline_curves(None) == []
     assert [row["method"] for row in baseline_rows(None)] == ["CODA"]
+
+
+def test_every_rate_is_tried_once_and_two_are_trained_with_every_seed():
+    trained = []
+
+    def train(rate, seed):
+        trained.append((rate, seed))
+        return {"learning_rate": rate, "seed": seed, "error": abs(rate - 0.01) + (9 if seed else 0)}
+
+    rows = tried(train, [0.1, 0.01, 0.001], [0, 1, 2], "error", paper=0.001)
+    assert trained == [(0.1, 0), (0.01, 0), (0.001, 0), (0.01, 1), (0.01, 2), (0.001, 1), (0.001, 2)]
+    assert [(row["learning_rate"], row["seed"]) for row in rows] == trained
+    assert [row["settings"] for row in rows] == [[], [BEST], [PAPER], [BEST], [BEST], [PAPER], [PAPER]]
+    assert [row["settings"] for row in tried(train, [0.001], [0], "error", paper=0.001)] == [[BEST, PAPER]]
+    assert [row["settings"] for row in tried(train, [0.1, 0.01], [0], "error", paper=0.001)] == [[], [BEST]]
 
 
 def test_trials_are_chosen_by_the_end_of_their_training():
