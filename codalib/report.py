@@ -26,6 +26,7 @@ VERDICTS = {  # verdict -> its CSS class, and how one and several claims are sai
     FAILS: ("fails", "does not hold", "do not hold"),
     UNDECIDED: ("undecided", "is undecided", "are undecided"),
 }
+PAPERS = "fig", "table"  # how the notebooks of the paper's figures and tables are named
 OTHER_PAGES = {"bench": "Time and memory of the quantizers."}  # in reports/, of no profile
 SUMMARY = f"""
 **What CODA is.** A *tokenizer* turns a picture into a short list of whole numbers, so that models made for text can
@@ -68,12 +69,13 @@ class Stage:
 
 
 def read_stages(profile: str) -> list[Stage]:
-    """The stages that have run under PROFILE, by their starts; the report's own run and a rehearsal are left out."""
+    """The stages that have run under PROFILE: the paper's figures and tables by number, then the others by name.
+
+    The report's own run and a rehearsal are left out.
+    """
     stages = [Stage(path.parent, read_json(path)) for path in runs_folder(profile).glob(f"*/{MANIFEST}")]
-    return sorted(
-        (s for s in stages if s.name not in ("report", "rehearse")),
-        key=lambda stage: (stage.manifest["started"], stage.name),
-    )
+    shown = [stage for stage in stages if stage.name not in ("report", "rehearse")]
+    return sorted(shown, key=lambda stage: (not stage.name.startswith(PAPERS), stage.name))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
