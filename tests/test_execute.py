@@ -138,7 +138,7 @@ def test_modules_behind_a_notebook_are_followed(tmp_path):
         return {Path(file).stem for file in library_files(path)}
 
     drawing = "from codalib.figures import show\nfrom codalib import quantize"
-    assert {"figures", "pages", "paper", "runs", "quantize", "assign"} <= needs("fig1", drawing)
+    assert {"figures", "paper", "runs", "quantize", "assign"} <= needs("fig1", drawing)
     assert needs("01_train", drawing) == needs("fig1", "from codalib.quantize import x")
     assert "train" not in needs("fig1", drawing)
     assert all(os.path.exists(file) for file in library_files(tmp_path / "fig1.ipynb"))
