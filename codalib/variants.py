@@ -67,6 +67,14 @@ def baseline_tokenizers(
     } | {LIBRARY_KINDS[kind]: replace(frozen, kind=kind, scales=side * levels, entropy_weight=0.0) for kind in kinds}
 
 
+def check_trials(learning_rates: Sequence[float], seeds: Sequence[int]) -> None:
+    """Raise ValueError for what `tried` cannot train with, before any work is done."""
+    if not learning_rates or min(learning_rates) <= 0:
+        raise ValueError(f"learning_rates is {list(learning_rates)}, expected one or more, all above 0")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {list(seeds)}, expected one or more, all different")
+
+
 def tried(
     train: Callable[[float, int], dict[str, Any]],
     learning_rates: Sequence[float],

@@ -9,6 +9,7 @@ from codalib.variants import (
     baseline_curves,
     baseline_rows,
     baseline_tokenizers,
+    check_trials,
     generator_rows,
     pixel_error,
     steps_to_reach,
@@ -123,6 +124,16 @@ def test_every_rate_is_tried_once_and_two_are_trained_with_every_seed():
     assert [row["settings"] for row in rows] == [[], [BEST], [PAPER], [BEST], [BEST], [PAPER], [PAPER]]
     assert [row["settings"] for row in tried(train, [0.001], [0], "error", paper=0.001)] == [[BEST, PAPER]]
     assert [row["settings"] for row in tried(train, [0.1, 0.01], [0], "error", paper=0.001)] == [[], [BEST]]
+
+
+def test_trials_that_cannot_be_are_refused_before_any_work():
+    check_trials([0.1, 0.01], [0, 1])
+    for rates in ([], [0.1, -0.01]):
+        with pytest.raises(ValueError, match=r"learning_rates is \[.*expected one or more, all above 0"):
+            check_trials(rates, [0])
+    for seeds in ([], [1, 1]):
+        with pytest.raises(ValueError, match=r"seeds is \[.*expected one or more, all different"):
+            check_trials([0.1], seeds)
 
 
 def test_trials_are_chosen_by_the_end_of_their_training():
