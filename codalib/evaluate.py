@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from codalib.data import ImageDataset, evaluation_batches, load_dataset
 from codalib.features import find_weights, has_weights, weights_folder
+from codalib.loop import make_accelerator
 from codalib.losses import build_perceptual
 from codalib.maskgit import EMBEDDED_GENERATORS
 from codalib.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
@@ -89,7 +89,7 @@ def evaluate_models(
         vaes: name -> what `find_model` and then `load_vae` take.
         tokenizers: name -> what `find_model` and then `codalib.released.open_tokenizer` take.
     """
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator()
     images = settings.load_images()
     images.check_share(accelerator.num_processes)
     perceptual = build_perceptual(settings.perceptual)

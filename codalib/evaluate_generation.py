@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from codalib.data import ImageDataset, evaluation_batches, load_dataset
 from codalib.evaluate import file_stamps, find_model
+from codalib.loop import make_accelerator
 from codalib.maskgit import Condition, MaskGIT, split_levels
 from codalib.metrics import FrechetDistance, build_frechet, frechet_distance, precision_recall
 from codalib.released import open_tokenizer
@@ -265,7 +266,7 @@ def evaluate_generator(
         raise ValueError(f"baseline {odd.pop()!r} got, expected some of {', '.join(BASELINES)}")
     if shared := set(baselines) & set(samplings):
         raise ValueError(f"a way to draw samples is named {shared.pop()!r}, as a baseline is: give it another name")
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator()
     stage = _Stage(settings, generator, tokenizer, Path(folder), accelerator)
     for name in (*baselines, *samplings):
         file = generated_file(folder, name, settings, generator, tokenizer, samplings.get(name))

@@ -80,9 +80,19 @@ def has_bfloat16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def make_accelerator(precision: str) -> Accelerator:
+def make_accelerator() -> Accelerator:
+    """This process's place among the others, and its device.
+
+    It knows no precision, since accelerate holds one for the whole life of a process, and a notebook fits a quantizer
+    in float32, trains in bfloat16 and measures in float32: `autocast` is each loop's own.
+    """
+    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a loop's forward passes; `precision` as in `LoopSettings`."""
     wanted = has_bfloat16() if precision == "auto" else precision == "bfloat16"
-    return Accelerator(mixed_precision="bf16" if wanted else "no", cpu=not torch.cuda.is_available())
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def learning_rate_factor(step: int, settings: LoopSettings) -> float:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from codalib.data import EndlessOrder, ImageDataset, UnreadableCount, collate, load_dataset
+from codalib.loop import make_accelerator
 from codalib.maskgit import MaskGIT
 from codalib.released import open_tokenizer
 from codalib.runs import atomic_write, read_json, write_json
@@ -147,7 +147,7 @@ def cache_dataset(
     `tokenizer` is what `codalib.released.open_tokenizer` takes, `dataset` what `load_dataset` does. Pass `settings` on
     through `functools.partial`.
     """
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator()
     opened = open_tokenizer(tokenizer).to(accelerator.device)
     images = load_dataset(dataset, split, opened.resolution, random_crop, limit)
     share = {"rank": accelerator.process_index, "world": accelerator.num_processes}

@@ -16,7 +16,7 @@ from codalib.baselines import LIBRARY_KINDS
 from codalib.data import ImageDataset, evaluation_batches, training_batches
 from codalib.discriminator import build_discriminator, frozen, real_and_fake
 from codalib.evaluate import measure
-from codalib.loop import Loop, LoopSettings, make_accelerator
+from codalib.loop import Loop, LoopSettings, autocast, make_accelerator
 from codalib.losses import (
     LossWeights,
     adaptive_weight,
@@ -98,7 +98,7 @@ def pretrain_vae(
     that VAE's weights, whose architecture then replaces the settings'.
     """
     torch.manual_seed(settings.seed)
-    accelerator = make_accelerator(settings.precision)
+    accelerator = make_accelerator()
     autoencoder = build_autoencoder(settings, train.resolution) if start is None else copy.deepcopy(start.autoencoder)
     model = _Posterior(autoencoder.train().requires_grad_(True)).to(accelerator.device)
     optimizer = torch.optim.AdamW(
@@ -131,7 +131,7 @@ def pretrain_vae(
     def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
         for i, batch in enumerate(micro_batches):
             images = batch["image"].to(accelerator.device)
-            with accelerator.autocast():
+            with autocast(settings.precision, accelerator.device):
                 reconstruction, mean, logvar = parallel(images)
             terms = reconstruction_terms(images, reconstruction) | {"kl": kl_divergence(mean, logvar)}
             loss = weighted_sum(terms, weights)
@@ -254,7 +254,7 @@ def fit_quantizer(
     if odd := [step for step in snapshots if not 0 <= step < settings.steps]:
         raise ValueError(f"snapshots after {odd} steps asked for, expected from 0 to below {settings.steps}, the steps")
     torch.manual_seed(settings.seed)
-    accelerator = make_accelerator("float32")  # the quantizer computes in float32 anyway
+    accelerator = make_accelerator()
     quantizer = settings.build_quantizer(latents.shape[1]).to(accelerator.device)
     optimizer = torch.optim.AdamW(
         quantizer.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
@@ -334,7 +334,7 @@ def train_tokenizer(
         NonFiniteLoss: a term is not finite.
     """
     torch.manual_seed(settings.seed)
-    accelerator = make_accelerator(settings.precision)
+    accelerator = make_accelerator()
     val.check_share(accelerator.num_processes)
     tokenizer = untrained_tokenizer(settings, vae)
     if quantizer is not None:
@@ -394,12 +394,12 @@ def train_tokenizer(
         )
 
     def generator_step(images: Tensor, step: int, last: bool) -> tuple[dict[str, Tensor], Tensor]:
-        with accelerator.autocast():
+        with autocast(settings.precision, accelerator.device):
             output = parallel(images)
         terms = reconstruction_terms(images, output.reconstruction, perceptual)
         factors = {}
         if discriminator is not None:
-            with frozen(critic) as judge, accelerator.autocast():
+            with frozen(critic) as judge, autocast(settings.precision, accelerator.device):
                 adversarial = generator_hinge(judge(output.reconstruction))
             # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
             adaptive = adaptive_weight(
@@ -415,7 +415,7 @@ def train_tokenizer(
         }, output.reconstruction
 
     def discriminator_step(images: Tensor, reconstruction: Tensor, last: bool) -> dict[str, Tensor]:
-        with accelerator.autocast():
+        with autocast(settings.precision, accelerator.device):
             real, fake = real_and_fake(critic, images, reconstruction)
         terms = {"discriminator": discriminator_hinge(real, fake)}
         loop.update(terms["discriminator"], terms, "discriminator", list(discriminator.heads.parameters()), last)

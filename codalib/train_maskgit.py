@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from codalib.loop import Loop, LoopSettings, make_accelerator
+from codalib.loop import Loop, LoopSettings, autocast, make_accelerator
 from codalib.maskgit import MASK_RATIOS, PRESETS, Condition, MaskGIT, sample_mask
 from codalib.sample import sample_generators
 from codalib.text import CaptionTable, TextEncoder, build_text_encoder
@@ -125,7 +125,7 @@ def train_maskgit(
             "expected an encoder with 'text' and only then"
         )
     torch.manual_seed(settings.seed)
-    accelerator = make_accelerator(settings.precision)
+    accelerator = make_accelerator()
     model = settings.build_model(train, None if encoder is None else encoder.dim)
     if start is not None:
         _take_weights(model, start, train.tokenizer)
@@ -167,7 +167,7 @@ def train_maskgit(
             tokens = batch["tokens"].to(accelerator.device)
             mask = sample_mask(len(tokens), model.scales, settings.mask_ratio, settings.coarse_first).to(tokens.device)
             dropped = (torch.rand(len(tokens)) < settings.condition_dropout).to(tokens.device)
-            with accelerator.autocast():
+            with autocast(settings.precision, accelerator.device):
                 loss = parallel(tokens, mask, condition_of(batch), dropped, settings.label_smoothing)
             loop.update(loss, {"loss": loss}, "generator", list(model.parameters()), i == len(micro_batches) - 1)
         return {"loss": loss.detach()}
@@ -175,7 +175,7 @@ def train_maskgit(
     def evaluate() -> dict[str, float]:
         share = accelerator.process_index, accelerator.num_processes
         model.eval()
-        with accelerator.autocast():
+        with autocast(settings.precision, accelerator.device):
             sums = validation_sums(model, val, condition_of, settings.batch_size, settings.seed, *share)
         model.train()
         return measures_from(accelerator.reduce(sums.to(accelerator.device), "sum").cpu())

@@ -180,3 +180,24 @@ def test_the_average_begins_where_it_is_told(vae, images, tmp_path):
     plain = fit_quantizer(dataclasses.replace(settings, ema=0.0), latents, tmp_path / "c").state_dict()
     assert all(torch.equal(late[name], value) for name, value in plain.items())
     assert not all(torch.equal(averaged[name], value) for name, value in plain.items())
+
+
+def test_one_process_trains_in_float32_in_bfloat16_and_in_float32_again(vae, images, tmp_path):
+    plain = dataclasses.replace(
+        SMALL, steps=1, batch_size=1, accumulation=1, perceptual_weight=0.0, adversarial_weight=0.0
+    )
+    seen = []
+
+    def note(module, inputs, output):
+        if torch.is_grad_enabled():  # not in the validation
+            seen.append(output.dtype)
+
+    for precision in ("float32", "bfloat16", "float32"):
+        watched = load_vae("emoji")
+        watched.autoencoder.decoder.conv_out.register_forward_hook(note)
+        settings = dataclasses.replace(plain, precision=precision)
+        tokenizer = train_tokenizer(settings, watched, *images, tmp_path / str(len(seen)))
+        with torch.no_grad():
+            assert tokenizer(torch.zeros(1, 3, 64, 64)).reconstruction.dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+    assert all(row["loss"] > 0 for number in range(3) for row in read_log(tmp_path / str(number)))
