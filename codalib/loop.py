@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from codalib.losses import check_finite
 from codalib.rich import log_html
-from codalib.runs import read_json, write_json
+from codalib.runs import has_bfloat16, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class LoopSettings:
     clip: float = 10.0  # gradient norm
     ema: float = 0.9999  # decay of the weights' average, ramped as (1 + step) / (10 + step); 0: none
     ema_start: int = 0  # steps before the average begins; until then it is the weights themselves
-    precision: str = "auto"  # "auto", "float32" or "bfloat16"
+    precision: str = "auto"  # "auto" (bfloat16 where the hardware multiplies it), "float32" or "bfloat16"
     seed: int = 0
     workers: int = 0  # data loading processes
     log_every: int = 10  # steps
@@ -67,17 +67,6 @@ class LoopSettings:
         outer = {"log_every", "checkpoint_every", "workers"}
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in outer} | inputs
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def has_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware; emulated, it is ten times slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
 def make_accelerator() -> Accelerator:

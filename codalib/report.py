@@ -298,7 +298,7 @@ def _provenance(stages: Sequence[Stage], folder: Path) -> str:
 
 
 def _plain(key: str, value: Any) -> str:
-    return size(value) if key.endswith("_bytes") else str(value)
+    return size(value) if key.endswith("_bytes") else "in hardware" if value is True else str(value)
 
 
 def commit(manifest: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from codalib import runs
 from codalib.runs import Run, atomic_write, check_parameters, read_json, settings_from, write_json
@@ -196,3 +197,11 @@ def test_the_version_is_unknown_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "project_folder", lambda: tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert runs.source_version() == {"commit": None, "dirty": None}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks the GPU")
+def test_a_processor_says_whether_it_multiplies_bfloat16(monkeypatch):
+    for flags, expected in (("flags : avx2 avx512f", False), ("flags : avx512f avx512_bf16", True), ("", False)):
+        monkeypatch.setattr(runs, "_cpuinfo", lambda flags=flags: f"model name : Some\n{flags}\n")
+        assert runs.machine()["bfloat16"] is expected
+        assert runs.machine()["processor"] == "Some"
