@@ -14,6 +14,7 @@ from codalib.paper import CLAIMS, COLUMNS, Table
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 SIGNIFICANCE = 0.05
 SEEDS_FOR_A_TEST = 3  # below this the seeds are only compared in sign
+TEST = "one-sided t-test"
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
 SHARES = ("utilization", "accuracy", "precision", "recall", "copies")  # columns with these words are shown in percent
 PAPER_PREFIX, SPREAD_SUFFIX = "paper_", "_std"
@@ -46,7 +47,7 @@ def judge(
         statistic = values.mean() / (values.std(ddof=1) / math.sqrt(count))
         chance = {"better": stdtr(count - 1, -statistic), "worse": stdtr(count - 1, statistic)}
         better, worse = chance["better"] < SIGNIFICANCE, chance["worse"] < SIGNIFICANCE
-        how = f"{count} seeds, one-sided t-test, p = {min(chance.values()):.2g}."
+        how = f"{count} seeds, {TEST}, p = {min(chance.values()):.2g}."
     else:
         better, worse = (values > 0).all(), (values <= 0).all()
         how = f"{len(values)} seeds, no test." if len(values) > 1 else "One seed, so its spread is not known."
@@ -54,6 +55,11 @@ def judge(
     verdict = HOLDS if better and decided else FAILS if worse and decided else UNDECIDED
     detail = f"{detail} {how}".strip()
     return {"id": claim, "setting": setting, "verdict": verdict, "effect": effect, "detail": detail}
+
+
+def tested(result: Mapping[str, str]) -> bool:
+    """Whether a test over seeds is behind a verdict of `judge`; else it only says which way the numbers point."""
+    return TEST in result.get("detail", "")
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str] = ("method",)) -> list[dict[str, Any]]:

@@ -15,12 +15,13 @@ from typing import Any
 import pandas as pd
 
 from codalib import pages
-from codalib.compare import FAILS, HOLDS, UNDECIDED, clock, markdown_table, number, readable, size
+from codalib.compare import FAILS, HOLDS, UNDECIDED, clock, markdown_table, number, readable, size, tested
 from codalib.paper import CLAIMS, COLUMNS, PAPER, Claim
 from codalib.runs import MANIFEST, atomic_write, project_folder, read_json, reports_folder, runs_folder, write_json
 
 log = logging.getLogger(__name__)
 
+UNTESTED = "†"  # marks a verdict without a test behind it
 VERDICTS = {  # verdict -> its CSS class, and how one and several claims are said to have come out
     HOLDS: ("holds", "holds", "hold"),
     FAILS: ("fails", "does not hold", "do not hold"),
@@ -106,13 +107,15 @@ def build_index() -> Path:
         name, manifests = page.parent.name, page.parent / MANIFEST
         stages = read_json(manifests) if manifests.exists() else []
         stages = [stage for stage in stages if "notebook" in stage] if isinstance(stages, list) else []
-        verdicts = [claim["verdict"] for stage in stages for claim in stage.get("results", {}).get("claims", [])]
+        claims = [claim for stage in stages for claim in stage.get("results", {}).get("claims", [])]
+        verdicts, untested = [claim["verdict"] for claim in claims], sum(not tested(claim) for claim in claims)
+        counts = [f"{verdicts.count(v)} {VERDICTS[v][1]}" for v in VERDICTS if v in verdicts]
         rows.append(
             {
                 "Page": f'<a href="{html.escape(name)}/index.html">{html.escape(name)}</a>',
                 "What it is": _description(name),
                 "Stages": str(len(stages) or ""),
-                "Verdicts": ", ".join(f"{verdicts.count(v)} {VERDICTS[v][1]}" for v in VERDICTS if v in verdicts),
+                "Verdicts": ", ".join(counts) + (f"; {untested} without a test" if untested else ""),
                 "Last run (UTC)": max((stage["started"][:10] for stage in stages), default=""),
             }
         )
@@ -148,12 +151,23 @@ def _glance(stages: Sequence[Stage]) -> str:
     for verdict, (style, *words) in VERDICTS.items():
         count = verdicts.count(verdict)
         counts.append(f'<span class="{style}">{count} {words[count != 1]}</span>')
-    return "<p><strong>What this run found.</strong> " + (
-        f"Of {claims} checked claims of the paper, {', '.join(counts)}.</p>"
+    said = (
+        f"Of {claims} checked claims of the paper, {', '.join(counts)}."
         if claims == len(verdicts)
         else f"{claims} claims of the paper were checked, some in more than one setting: of {len(verdicts)} "
-        f"verdicts, {', '.join(counts)}.</p>"
+        f"verdicts, {', '.join(counts)}."
     )
+    return f"<p><strong>What this run found.</strong> {said} {_without_test(found)}</p>"
+
+
+def _without_test(claims: Sequence[Mapping[str, Any]]) -> str:
+    """How many of these verdicts have no test behind them, and what that means; nothing where all have one."""
+    count = sum(not tested(claim) for claim in claims)
+    if not count:
+        return ""
+    who = "All" if count == len(claims) > 1 else f"{count} of them"
+    rest, say = ("rests", "says") if count == 1 else ("rest", "say")
+    return f"{who} {rest} on too few seeds for a test and only {say} which way the numbers point ({UNTESTED})."
 
 
 def _claims(stages: Sequence[Stage], folder: Path) -> str:
@@ -170,7 +184,7 @@ def _claims(stages: Sequence[Stage], folder: Path) -> str:
     settings = sorted({result.get("setting", "") for own in checked.values() for _, result in own}, reverse=True)
     rows = []
     for name, own in checked.items():
-        verdicts = {result.get("setting", ""): _verdict(result) for _, result in own}
+        verdicts = {r.get("setting", ""): _verdict(r) + ("" if tested(r) else f" {UNTESTED}") for _, r in own}
         row = {"Claim": f'<a href="#claim-{name}">{html.escape(CLAIMS[name].title)}</a>'}
         rows.append(row | {setting.capitalize() or "As trained": verdicts.get(setting, "") for setting in settings})
     table = pages.table(pd.DataFrame(rows), markup=list(rows[0]))

@@ -73,9 +73,19 @@ def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatc
     assert re.search(r"Holds\s+\(paper's setting\)", item)
     head, row = ([cell.get_text() for cell in line.select("th, td")] for line in soup.select("tr")[:2])
     assert head == ["Claim", "Paper's setting", "Best of its sweep"]
-    assert row == [CLAIMS["residual_error"].title, "Holds", "Does not hold"]
+    assert row == [CLAIMS["residual_error"].title, "Holds †", "Does not hold †"]
+    assert "All rest on too few seeds for a test" in soup.get_text()
     assert "of 2 verdicts, 1 holds, 1 does not hold, 0 are undecided" in soup.get_text()
     assert f"Not checked in this run: {len(CLAIMS) - 1}" in soup.get_text()
+
+
+def test_verdicts_of_three_seeds_are_not_marked(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
+    Run("three/table1", "table1", {}, seed=0).finish({"claims": [judge("residual_error", [0.1, 0.11, 0.12], "x")]})
+    soup = BeautifulSoup(report.build("three").read_text(), "html.parser")
+    assert soup.select("tr")[1].get_text(" ").split()[-1] == "Holds"
+    assert "test" not in soup.select_one("h2").find_previous("p").get_text()
 
 
 def test_the_runs_numbers_stand_beside_the_papers(soup):
@@ -144,7 +154,7 @@ def test_one_page_leads_to_every_profile(soup, profile):
     }
     assert "quantizers" in lines["bench"][0]
     assert lines["smoke"][0].startswith("Every notebook as it is")
-    assert lines[profile][1:3] == ["3", "1 holds, 1 does not hold, 1 is undecided"]
+    assert lines[profile][1:3] == ["3", "1 holds, 1 does not hold, 1 is undecided; 3 without a test"]
 
 
 def test_a_verdict_that_no_rule_gives_is_refused(profile, tmp_path):
