@@ -15,6 +15,9 @@ PROFILE ?= emoji
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+# One module or notebook stays on one worker. Threads that spin while they wait would slow the other worker down.
+PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
 .PHONY: setup reproduce test lab bench fetch rehearse notebooks clean
@@ -32,11 +35,15 @@ reproduce: $(STAMP)
 	    --config profile=$(PROFILE)
 	@echo "The results: reports/$(PROFILE)/index.html"
 
+# WORKERS tests run side by side, each in one thread; the pictures are compared once all notebooks have drawn them.
 test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest --cov --cov-fail-under=85 --cov-report=term:skip-covered tests
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks tests/pictures_check.py
+	$(PARALLEL) --cov --cov-fail-under=85 --cov-report=term:skip-covered tests
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
+	    export CODALIB_RUNS="$$runs/runs" CODALIB_REPORTS="$$runs/reports" && \
+	    $(PARALLEL) --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks && \
+	    $(BIN)/python -m pytest tests/pictures_check.py
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/start_here.ipynb

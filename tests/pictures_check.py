@@ -1,7 +1,7 @@
 """The pictures of the committed reports beside those that the notebooks have just drawn with their small defaults.
 
-Named in `make test` behind the notebooks, in the same session: a picture that a long and a tiny run draw alike shows
-nothing of either.
+`make test` runs it behind the notebooks, with the same CODALIB_RUNS: a picture that a long and a tiny run draw alike
+shows nothing of either.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_a_committed_picture_is_neither_blank_nor_its_twin(path):
     stage, _, name = path.name.partition("-")
     stages = [folder for folder in runs_folder("smoke").glob("*") if (folder / MANIFEST).exists()]
     if not stages:
-        pytest.skip("no notebook has run in this session")
+        pytest.skip("CODALIB_RUNS holds no run of a notebook")
     folder = next((folder for folder in stages if read_json(folder / MANIFEST)["notebook"] == stage), None)
     assert folder is not None, f"{stage} has not run"
     assert (folder / name).exists(), f"{stage} no longer draws {name}"
