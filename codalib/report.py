@@ -157,7 +157,7 @@ def _glance(stages: Sequence[Stage]) -> str:
         else f"{claims} claims of the paper were checked, some in more than one setting: of {len(verdicts)} "
         f"verdicts, {', '.join(counts)}."
     )
-    return f"<p><strong>What this run found.</strong> {said} {_without_test(found)}</p>"
+    return f"<p><strong>What this run found.</strong> {said}{_without_test(found)}</p>"
 
 
 def _without_test(claims: Sequence[Mapping[str, Any]]) -> str:
@@ -167,7 +167,7 @@ def _without_test(claims: Sequence[Mapping[str, Any]]) -> str:
         return ""
     who = "All" if count == len(claims) > 1 else f"{count} of them"
     rest, say = ("rests", "says") if count == 1 else ("rest", "say")
-    return f"{who} {rest} on too few seeds for a test and only {say} which way the numbers point ({UNTESTED})."
+    return f" {who} {rest} on too few seeds for a test and only {say} which way the numbers point ({UNTESTED})."
 
 
 def _claims(stages: Sequence[Stage], folder: Path) -> str:
