@@ -165,9 +165,10 @@ def _without_test(claims: Sequence[Mapping[str, Any]]) -> str:
     count = sum(not tested(claim) for claim in claims)
     if not count:
         return ""
-    who = "All" if count == len(claims) > 1 else f"{count} of them"
-    rest, say = ("rests", "says") if count == 1 else ("rest", "say")
-    return f" {who} {rest} on too few seeds for a test and only {say} which way the numbers point ({UNTESTED})."
+    return (
+        f" Verdicts without a test ({UNTESTED}): {count}. A test takes three seeds that differ; without one a verdict only "
+        "says which way the numbers point."
+    )
 
 
 def _claims(stages: Sequence[Stage], folder: Path) -> str:
