@@ -166,8 +166,8 @@ def _without_test(claims: Sequence[Mapping[str, Any]]) -> str:
     if not count:
         return ""
     return (
-        f" Verdicts without a test ({UNTESTED}): {count}. A test takes three seeds that differ; without one a verdict only "
-        "says which way the numbers point."
+        f" Verdicts without a test ({UNTESTED}): {count}. A test takes three seeds that differ; without one a verdict "
+        "only says which way the numbers point."
     )
 
 
