@@ -4,6 +4,7 @@ They are what CODA is compared with: residual VQ (arXiv:2107.03312), VQ with the
 (arXiv:2309.15505), LFQ (arXiv:2310.05737) and SimVQ (arXiv:2411.02038). Each level quantizes what the levels before
 have left over, on the whole latent grid; with one level they are the plain methods. Losses, their weights and the
 gradients are the library's own; codebooks are learned by gradients, so that one optimiser trains all that is trained.
+The rotation trick acts on gradients alone, where the encoder learns: behind a frozen encoder it is residual VQ.
 """
 
 import math

@@ -82,3 +82,18 @@ def test_what_a_method_cannot_have_is_said():
         build("rvq")(torch.zeros(1, 8, 5, 5))
     with pytest.raises(ValueError, match="whole indices"):
         build("rvq").decode([torch.zeros(1, 4, 4, dtype=torch.long)] * 3, partial=True)
+
+
+def test_behind_a_frozen_encoder_the_rotation_trick_is_residual_vq(latents):
+    gradients = []
+    for kind in ("rvq", "rotation"):
+        quantizer = build(kind)
+        out = quantizer(latents)
+        (out.quantization_loss + (out.quantized - 1).square().mean()).backward()
+        gradients.append([p.grad for p in quantizer.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
+    moving = [latents.clone().requires_grad_() for _ in range(2)]
+    for kind, given in zip(("rvq", "rotation"), moving, strict=True):
+        (build(kind)(given).quantized - 1).square().mean().backward()
+    assert not torch.allclose(moving[0].grad, moving[1].grad)
