@@ -43,9 +43,11 @@ class _MathRenderer(IPythonRenderer):
 def mathml(formula: str, display: str) -> str:
     """A LaTeX formula as MathML, DISPLAY "inline" or "block"; one that cannot be read raises ValueError with it."""
     try:
-        return latex_to_mathml(formula.strip(), display=display).replace(r"\_", "_")
+        drawn = latex_to_mathml(formula.strip(), display=display).replace(r"\_", "_")
     except Exception as error:  # the converter raises a class of its own for each kind of fault
         raise ValueError(f"The formula {formula.strip()!r} cannot be turned into MathML: {error!r}.") from error
+    # Browsers do not scroll MathML itself: what holds it scrolls, so that a long formula does not widen a phone's page.
+    return f'<span class="formula">{drawn}</span>' if display == "block" else drawn
 
 
 def markdown(text: str) -> str:

@@ -90,7 +90,7 @@ def test_a_page_is_readable_on_a_phone_and_in_the_dark():
 def test_formulas_become_mathml():
     html = pages.markdown("a $\\frac{Q}{\\sqrt{d}}$ b\n\n$$\\text{one\\_hot}(A)$$\n\n\\begin{align}x &= 1\\end{align}")
     assert html.count("<math") == 3
-    assert html.count('display="block"') == 2
+    assert html.count('<span class="formula"><math') == html.count('display="block"') == 2
     assert "one_hot" in html
     assert "$" not in html
 
