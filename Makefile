@@ -1,6 +1,6 @@
 # Everything from a fresh clone, each target with its own set-up:
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
-#   make test                        style, unit tests, notebooks
+#   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side, each in one thread
 #   make lab                         JupyterLab on notebooks/start_here.ipynb
 #   make bench                       time and memory of the quantizers: reports/bench/index.html; goes on where it stopped
 #   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
@@ -35,7 +35,7 @@ reproduce: $(STAMP)
 	    --config profile=$(PROFILE)
 	@echo "The results: reports/$(PROFILE)/index.html"
 
-# WORKERS tests run side by side, each in one thread; the pictures are compared once all notebooks have drawn them.
+# The pictures are compared once all notebooks have drawn them.
 test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

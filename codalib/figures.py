@@ -233,7 +233,9 @@ def sweep_lines(
         if all(isinstance(row[x], int) for row in rows):
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=7)
+    wide = 0.5 + 0.05 * max(map(len, labels))  # inches of the longest entry: a mark, and letters of 7 points
+    ncols = max(1, min(3, len(labels), int(figure.get_figwidth() / wide)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize=7)
     return figure
 
 

@@ -125,3 +125,13 @@ def test_an_animation_shows_its_frames_in_turn(tmp_path):
         picture.seek(1)
         assert (np.asarray(picture.convert("RGB")) != first).any()
         assert picture.info["duration"] == 1500
+
+
+def test_a_legend_of_long_names_stays_within_the_figure():
+    names = [f"{method}, one level, {setting}" for method in ("Attention quantization", "VQ") for setting in "ab"]
+    rows = [{"method": f"{name} of the sweep", "step": n, "psnr": 20.0 + n} for name in names for n in range(3)]
+    figure = figures.sweep_lines(rows, "step", ["psnr"] * 3, ("method",))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
