@@ -29,16 +29,14 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test]"
 	touch $@
 
-# A lock of snakemake's own would outlive a killed run; codalib.execute holds one a notebook that does not.
 reproduce: $(STAMP)
-	$(BIN)/python -m snakemake --cores all --nolock --rerun-incomplete --quiet rules host reason \
-	    --config profile=$(PROFILE)
-	@echo "The results: reports/$(PROFILE)/index.html"
+	$(BIN)/codalib run --profile $(PROFILE)
 
 # The pictures are compared once all notebooks have drawn them.
 test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 	$(PARALLEL) --cov --cov-fail-under=85 --cov-report=term:skip-covered tests
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	    export CODALIB_RUNS="$$runs/runs" CODALIB_REPORTS="$$runs/reports" && \
@@ -49,16 +47,16 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/start_here.ipynb
 
 bench: $(STAMP)
-	$(BIN)/python -m codalib.bench
+	$(BIN)/codalib bench
 
 fetch: $(STAMP)
-	$(BIN)/python -m codalib.fetch --profile $(PROFILE)
+	$(BIN)/codalib fetch --profile $(PROFILE)
 
 rehearse: $(STAMP)
-	$(BIN)/python -m codalib.rehearse --profile $(PROFILE)
+	$(BIN)/codalib rehearse --profile $(PROFILE)
 
 notebooks: $(STAMP)
-	set -e; for notebook in notebooks/*.ipynb; do $(BIN)/python -m codalib.execute $$notebook --keep-checked; done
+	set -e; for notebook in notebooks/*.ipynb; do $(BIN)/codalib run $$notebook --keep-checked; done
 
 clean:
 	rm -rf $(VENV) runs .snakemake .coverage

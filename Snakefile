@@ -7,8 +7,9 @@ before it has changed. Its checkpoints are nobody's output, so that an interrupt
 import os
 import sys
 
-from codalib.execute import library_files, profile_section, profile_stages
-from codalib.runs import MANIFEST, reports_folder, runs_folder
+from codalib.base.paths import MANIFEST, reports_folder, runs_folder
+from codalib.workflow.dependencies import library_files
+from codalib.workflow.profiles import profile_section, profile_stages
 
 PROFILE = config.get("profile", "emoji")
 RUNS = os.path.relpath(runs_folder(PROFILE))
@@ -77,7 +78,7 @@ rule stage:
         values=lambda wildcards: profile_section(PROFILE, wildcards.stage),
     threads: workflow.cores  # one stage at a time, with the whole machine
     shell:
-        "{PYTHON:q} -m codalib.execute {input.notebook:q} --profile {PROFILE:q}"
+        "{PYTHON:q} -m codalib run {input.notebook:q} --profile {PROFILE:q}"
 
 
 rule report:
@@ -85,7 +86,7 @@ rule report:
         finished(STAGES),
         pages=expand(REPORTS + "/{stage}.html", stage=STAGES),
         library=library_files("notebooks/report.ipynb"),
-        templates=files("codalib/templates", ""),
+        templates=files("codalib/reporting/templates", ""),
         notebook="notebooks/report.ipynb",
     output:
         index=f"{REPORTS}/index.html",
@@ -93,4 +94,4 @@ rule report:
     params:
         values=profile_section(PROFILE, "report"),
     shell:
-        "{PYTHON:q} -m codalib.execute {input.notebook:q} --profile {PROFILE:q}"
+        "{PYTHON:q} -m codalib run {input.notebook:q} --profile {PROFILE:q}"

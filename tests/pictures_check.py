@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codalib.runs import MANIFEST, read_json, runs_folder
+from codalib.base.files import read_json
+from codalib.base.paths import MANIFEST, runs_folder
 
 REPORTS = Path(__file__).parents[1] / "reports"
 OF_THE_PAPER = {"fig1_comparison-fig1_paper.png"}  # drawn from paper.py alone

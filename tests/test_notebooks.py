@@ -9,8 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from codalib.execute import declared_parameters
-from codalib.runs import validate
+from codalib.workflow.parameters import declared_parameters, validate
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 IDS = [path.stem for path in NOTEBOOKS]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from codalib.ablation import BEST, PAPER
-from codalib.paper import CLAIMS
+from codalib.experiments.ablation import BEST, PAPER
+from codalib.experiments.paper import CLAIMS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,19 +49,3 @@ def test_its_make_targets_and_files_exist():
 def test_its_notebooks_and_profiles_exist():
     for path in re.findall(r"(?:notebooks|profiles|data|codalib)/[\w./-]*\w", README):
         assert (ROOT / path).exists(), path
-
-
-def test_each_module_imports_only_from_those_before_it():
-    text = (ROOT / "codalib" / "__init__.py").read_text().split("before it:")[1].split("\n\n")[0]
-    order = re.findall(r"\w+(?=[,;.])", text)
-    modules = {path.stem: path.read_text() for path in (ROOT / "codalib").glob("*.py") if path.stem != "__init__"}
-    parts = {
-        "bench_cases": "bench",
-        "bench_page": "bench",
-        "rehearse_page": "rehearse",
-    }  # a command in several files
-    assert set(order) == modules.keys() - parts.keys()
-    for name, source in modules.items():
-        if name not in parts:
-            imported = {parts.get(other, other) for other in re.findall(r"^from codalib\.(\w+)", source, re.MULTILINE)}
-            assert imported - {name} <= set(order[: order.index(name)]), name

@@ -1,0 +1,1 @@
+"""Files, folders, hardware, processes and seeds: what every room stands on."""

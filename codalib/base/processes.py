@@ -1,0 +1,66 @@
+"""Run one function on several processes of this machine, one a GPU, from a notebook or a script."""
+
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from accelerate import Accelerator
+
+
+def launch(function: Callable[..., None], processes: int, *arguments) -> None:
+    """Call FUNCTION(*arguments) on each of PROCESSES processes, which find each other; with 1, here.
+
+    Inside, `accelerate.Accelerator()` knows the process's number and its GPU (or the CPU, where there is none). The
+    processes are started anew rather than forked, so that a notebook may have used the GPU before. FUNCTION must be
+    importable (not defined in a notebook); what it finds out it writes to files.
+
+    Raises ValueError for more processes than GPUs; an error in any process ends all of them and is raised here.
+    """
+    gpus = torch.cuda.device_count()
+    if processes < 1 or (gpus and processes > gpus):
+        raise ValueError(f"processes is {processes}, expected 1 to {gpus or 'any number'}: one a GPU of this machine")
+    if processes == 1:
+        function(*arguments)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        torch.multiprocessing.start_processes(
+            _work, (function, arguments, processes, port), nprocs=processes, start_method="spawn"
+        )
+    except torch.multiprocessing.ProcessRaisedException as error:
+        reason = str(error).strip().splitlines()[-1]  # of the traceback that torch hands over as text
+        raise RuntimeError(f"process {error.error_index + 1} of {processes} stopped: {reason}") from error
+
+
+def _work(rank: int, function: Callable[..., None], arguments: tuple, processes: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    try:
+        function(*arguments)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def make_accelerator() -> Accelerator:
+    """This process's place among the others, and its device.
+
+    It knows no precision, since accelerate holds one for the whole life of a process, and a notebook fits a quantizer
+    in float32, trains in bfloat16 and measures in float32: `autocast` is each loop's own.
+    """
+    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())

@@ -1,0 +1,1 @@
+"""Images, captions, and the cache of a data set's tokens."""

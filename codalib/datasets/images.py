@@ -1,0 +1,383 @@
+"""Images in, tensors out: the embedded emoji and folders of images, in a seeded order that a run can resume.
+
+The order is a pure function of (seed, step): a run that stops at step s continues with exactly the images it would have
+seen, whatever the number of processes or workers, and so do the random crops.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from codalib.base.paths import DATA
+
+log = logging.getLogger(__name__)
+
+
+EMOJI_FOLDER = DATA / "emoji"
+SPLITS = ("train", "val")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
+TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
+HELD_OUT = 0.1  # share of a plain folder's images that is its validation split
+MAX_UNREADABLE = 0.01  # share of a data set's images; a run that meets more stops
+
+
+class DataError(ValueError):
+    """The data is not what a run needs; the message says what was found, what was expected and what to do."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode, upright (EXIF) and as RGB: transparency on white, 16-bit grey scaled to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit grey: Pillow's convert would clip at 255
+        grey = np.asarray(image, dtype=np.float64)
+        if image.mode != "F" or grey.max() > 1:
+            grey = grey / (2**16 - 1)
+        return Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
+
+
+def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
+    """Bring the shorter side to `side` pixels (Lanczos), keeping the aspect ratio."""
+    width, height = image.size
+    scale = side / min(width, height)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def crop(image: Image.Image, resolution: int, generator: torch.Generator | None) -> Image.Image:
+    """A square of `resolution` pixels: at random with a generator (training), the centre without (evaluation)."""
+    room = [side - resolution for side in image.size]
+    if generator is None:
+        left, top = (space // 2 for space in room)
+    else:
+        left, top = (int(torch.randint(space + 1, (), generator=generator)) for space in room)
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image -> float (3, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: where its bytes are, its class, its captions (one at least)."""
+
+    name: str
+    label: int
+    captions: tuple[str, ...]
+    stored: bytes | None = None  # None: read the file `name`
+
+    @property
+    def caption(self) -> str:
+        """The first of its captions."""
+        return self.captions[0]
+
+    def open(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.stored) if self.stored is not None else self.name)
+
+
+class ImageDataset(Dataset):
+    """Labelled, captioned images at one resolution with the paper's transforms (section 5.1 and the release).
+
+    Item i: dict of image float (3, r, r) in [-1, 1], label int, caption str, index int; None for an unreadable file.
+    Training crops at random from a picture whose shorter side is 1.125 r, evaluation takes the centre at r, both
+    resized by Lanczos. Of several captions the crop's seed takes one, evaluation the first.
+    """
+
+    def __init__(self, items: list[Item], classes: list[str], resolution: int, random_crop: bool, name: str = ""):
+        self.items, self.classes, self.resolution = items, classes, resolution
+        self.random_crop, self.name = random_crop, name
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """(N,) long."""
+        return torch.tensor([item.label for item in self.items])
+
+    def check_share(self, processes: int) -> None:
+        """Raise DataError where there is less than an image for each of the processes that share the set."""
+        if len(self) < processes:
+            raise DataError(f"{len(self)} images of {self.name} for {processes} processes: take fewer processes")
+
+    def subset(self, indices: list[int]) -> "ImageDataset":
+        items = [self.items[i] for i in indices]
+        return ImageDataset(items, self.classes, self.resolution, self.random_crop, self.name)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict | None:
+        """`key` is an index, or (index, seed of the random crop)."""
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        item = self.items[index]
+        try:
+            with item.open() as image:
+                rgb = to_rgb(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            log.warning("skipped unreadable image %s (%s)", item.name, error)
+            return None
+        generator = torch.Generator().manual_seed(seed) if self.random_crop else None
+        side = round(self.resolution * TRAIN_ENLARGEMENT) if self.random_crop else self.resolution
+        square = crop(resize_shorter_side(rgb, side), self.resolution, generator)
+        caption = item.captions[seed % len(item.captions)]
+        return {"image": to_tensor(square), "label": item.label, "caption": caption, "index": index}
+
+
+def load_dataset(
+    name: str,
+    split: str,
+    resolution: int,
+    random_crop: bool | None = None,
+    limit: int | None = None,
+    num_classes: int | None = None,
+) -> ImageDataset:
+    """Load a data set by name.
+
+    Args:
+        name: "emoji" (embedded, 9 classes, 64 x 64), "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...),
+            "coco:PATH" (PATH/annotations/captions_train2014.json, PATH/train2014/*.jpg and the same of val2014; or
+            2017) or "folder:PATH" (images of any sizes in PATH and below, all of one class; a tenth of them, chosen by
+            their names, is the validation split); an environment variable in PATH is filled in:
+            "imagefolder:$IMAGENET".
+        split: "train" or "val".
+        resolution: side of the square images, pixels.
+        random_crop: the training transform; by default for the training split only.
+        limit: keep this many images, evenly spread over the set.
+        num_classes: raise when the data set has another number of classes.
+    Raises:
+        DataError: unknown name, missing folder or split, no images, wrong number of classes.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    if resolution < 1:
+        raise DataError(f"resolution is {resolution}, expected a positive number of pixels")
+    kind, _, path = name.partition(":")
+    if name == "emoji":
+        items, classes = _emoji(split)
+    elif kind == "imagefolder" and path:
+        items, classes = _imagefolder(_filled_in(path), split)
+    elif kind == "coco" and path:
+        items, classes = _coco(_filled_in(path), split)
+    elif kind == "folder" and path:
+        items, classes = _folder(_filled_in(path), split)
+    else:
+        raise DataError(f"data set is {name!r}, expected 'emoji', 'imagefolder:PATH', 'coco:PATH' or 'folder:PATH'")
+    if num_classes is not None and num_classes != len(classes):
+        raise DataError(f"{name} has {len(classes)} classes, expected {num_classes}: check the path or the parameter")
+    if limit is not None:
+        if limit < 1:
+            raise DataError(f"limit is {limit}, expected at least 1 image")
+        keep = np.linspace(0, len(items) - 1, min(limit, len(items))).round().astype(int)
+        items = [items[i] for i in keep]
+    return ImageDataset(items, classes, resolution, split == "train" if random_crop is None else random_crop, name)
+
+
+def _emoji(split: str) -> tuple[list[Item], list[str]]:
+    path = EMOJI_FOLDER / f"{split}.parquet"
+    if not path.exists():
+        raise DataError(f"{path} is missing: restore it from the repository or run python data/build_emoji.py")
+    classes = json.loads((EMOJI_FOLDER / "summary.json").read_text())["classes"]
+    rows = pq.read_table(path, columns=["image", "label", "caption", "style"]).to_pylist()
+    names = (f"emoji/{split}/{i} ({row['caption']}, {row['style']})" for i, row in enumerate(rows))
+    items = [Item(name, r["label"], (r["caption"],), r["image"]) for name, r in zip(names, rows, strict=True)]
+    return items, classes
+
+
+def _filled_in(path: str) -> Path:
+    filled = os.path.expandvars(path)
+    if "$" in filled:
+        raise DataError(f"{path} names an environment variable that is not set: export it, or give the path itself")
+    return Path(filled).expanduser()
+
+
+def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
+    folders = {s: root / s for s in SPLITS}
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: give imagefolder:PATH with PATH/train and PATH/val inside")
+    if not folders[split].is_dir():
+        found = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
+        raise DataError(
+            f"{root} has no folder {split!r} (found: {', '.join(found) or 'none'}): expected train/ and val/"
+        )
+    per_split = {s: sorted(p.name for p in f.iterdir() if p.is_dir()) for s, f in folders.items() if f.is_dir()}
+    classes = per_split[split]
+    if len(per_split) == 2 and per_split["train"] != per_split["val"]:
+        odd = sorted(set(per_split["train"]) ^ set(per_split["val"]))
+        raise DataError(
+            f"{root}: train has {len(per_split['train'])} classes and val {len(per_split['val'])}, expected the same; "
+            f"only on one side: {', '.join(odd[:5])}"
+        )
+    items = [
+        Item(path, label, (name.replace("_", " "),))
+        for label, name in enumerate(classes)
+        for path in _image_files(folders[split] / name)
+    ]
+    if not items:
+        raise DataError(
+            f"{folders[split]} holds no images: expected one folder a class with {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    return items, classes
+
+
+def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
+    """MS-COCO's images with their captions (five or so each), by image number; all of one class, "image"."""
+    files = [root / "annotations" / f"captions_{split}{year}.json" for year in COCO_YEARS]
+    annotations = next((path for path in files if path.exists()), None)
+    if annotations is None:
+        raise DataError(f"{root} holds neither {' nor '.join(str(path.relative_to(root)) for path in files)}")
+    try:
+        contents = json.loads(annotations.read_text(encoding="utf-8"))
+        captions: dict[int, list[str]] = {}
+        for row in contents["annotations"]:
+            captions.setdefault(row["image_id"], []).append(" ".join(row["caption"].split()))
+        names = {row["id"]: row["file_name"] for row in contents["images"]}
+        folder = root / annotations.stem.removeprefix("captions_")
+        items = [Item(str(folder / names[i]), 0, tuple(captions[i])) for i in sorted(captions)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{annotations} is not a file of MS-COCO captions ({error!r}): fetch it again") from error
+    if not items or not Path(items[0].name).exists():
+        raise DataError(f"{folder} does not hold the {len(items)} images of {annotations.name}: unpack them there")
+    return items, ["image"]
+
+
+def _folder(root: Path, split: str) -> tuple[list[Item], list[str]]:
+    """The images of a folder of any layout; the tenth whose names' hashes are lowest is held out for validation."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: give folder:PATH with images in PATH or below")
+    files = _image_files(root)
+    if len(files) < 2:
+        raise DataError(
+            f"{root} holds {len(files)} images ({', '.join(sorted(IMAGE_SUFFIXES))}), expected at least 2: "
+            "one to train on and one to measure on"
+        )
+    ranked = sorted(files, key=lambda path: hashlib.sha256(os.path.relpath(path, root).encode()).digest())
+    held_out = max(1, round(HELD_OUT * len(files)))
+    kept = ranked[:held_out] if split == "val" else ranked[held_out:]
+    return [Item(path, 0, (Path(path).stem.replace("_", " "),)) for path in sorted(kept)], ["image"]
+
+
+def _image_files(folder: Path) -> list[str]:
+    found = (os.path.join(base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in found if Path(path).suffix.lower() in IMAGE_SUFFIXES)
+
+
+class EndlessOrder(Sampler):
+    """Endless (index, crop seed) pairs: epoch after epoch of seeded permutations, starting anywhere.
+
+    Step s of a global batch of size n takes the positions s*n ... s*n+n-1 of the endless order; process `rank` of
+    `world` takes every world-th of them, so that the union over processes does not depend on their number.
+    """
+
+    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
+        self.length, self.seed, self.start, self.rank, self.world = length, seed, start, rank, world
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position, epoch = self.start + self.rank, None
+        while True:
+            if position // self.length != epoch:
+                epoch = position // self.length
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            yield int(order[position % self.length]), hash((self.seed, position)) & (2**63 - 1)
+            position += self.world
+
+
+def collate(samples: list[dict | None]) -> dict:
+    """Readable samples -> {"image" (B, 3, r, r), "label" (B,), "index" (B,), "caption" list, "unreadable" int}."""
+    kept = [sample for sample in samples if sample is not None]
+    batch = {"unreadable": len(samples) - len(kept), "caption": [sample["caption"] for sample in kept]}
+    if kept:
+        batch["image"] = torch.stack([sample["image"] for sample in kept])
+        batch["label"] = torch.tensor([sample["label"] for sample in kept])
+        batch["index"] = torch.tensor([sample["index"] for sample in kept])
+    return batch
+
+
+class UnreadableCount:
+    """Counts skipped images and stops the run when they are more than 1 % of the data set."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset, self.count = dataset, 0
+
+    def add(self, unreadable: int) -> None:
+        self.count += unreadable
+        if self.count > MAX_UNREADABLE * len(self.dataset):
+            raise DataError(
+                f"{self.count} unreadable images among the {len(self.dataset)} of {self.dataset.name}, at most "
+                f"{MAX_UNREADABLE:.0%} are skipped: the warnings above name the files; repair or remove them"
+            )
+
+    def report(self) -> None:
+        if self.count:
+            log.warning("%d unreadable images of %s were skipped", self.count, self.dataset.name)
+
+
+def training_batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[dict]:
+    """Endless batches of `batch_size` images for this process, from global step `start_step` on.
+
+    An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops.
+    """
+    order = EndlessOrder(len(dataset), seed, start_step * batch_size * world, rank, world)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+    unreadable, seen = UnreadableCount(dataset), 0
+    for batch in loader:
+        if seen // len(dataset) != (seen + batch_size * world) // len(dataset):
+            unreadable.report()
+            unreadable.count = 0  # a new epoch meets the same files again
+        seen += batch_size * world
+        unreadable.add(batch["unreadable"])
+        if "image" in batch:
+            yield batch
+
+
+def evaluation_batches(
+    dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+) -> Iterator[dict]:
+    """Every image once, in order; process `rank` of `world` takes every world-th image, none twice."""
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=range(rank, len(dataset), world),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+    unreadable = UnreadableCount(dataset)
+    for batch in loader:
+        unreadable.add(batch["unreadable"])
+        if "image" in batch:
+            yield batch
+    unreadable.report()

@@ -1,0 +1,339 @@
+"""Token cache: a data set's images as a tokenizer's indices, encoded once, in shards, for the generator's training.
+
+A cache is a folder: `manifest.json` (which tokenizer, which data), `captions.json` (each image's), `codes.safetensors`
+(the codes' values) and `shards/NNNNN.safetensors`. A shard appears whole or not at all, and what is there is not
+encoded again: an interrupted stage goes on with the next shard, and processes share a data set by sharing its shards.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from codalib.base.files import atomic_write, read_json, write_json
+from codalib.base.processes import make_accelerator
+from codalib.base.seeds import SEED_STRIDE
+from codalib.datasets.images import EndlessOrder, ImageDataset, UnreadableCount, collate, load_dataset
+from codalib.models.checkpoints import load_tokenizer
+from codalib.models.maskgit import MaskGIT
+from codalib.models.tokenizer import CodaTokenizer
+
+log = logging.getLogger(__name__)
+
+
+SHARD_IMAGES = 1024
+MANIFEST, CAPTIONS, CODES, SHARDS = "manifest.json", "captions.json", "codes.safetensors", "shards"
+
+
+class CacheMismatch(ValueError):
+    """A cache belongs to another tokenizer or to other data than are asked for."""
+
+
+def tokenizer_hash(tokenizer: CodaTokenizer) -> str:
+    """Changes with every weight of a tokenizer and with all that decides its indices and images: 16 hex digits."""
+    digest = hashlib.sha256(json.dumps(tokenizer.quantizer.config(), sort_keys=True).encode())
+    digest.update(repr((tokenizer.vae.scale, tokenizer.vae.shift)).encode())
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_generator(model: MaskGIT, tokenizer: CodaTokenizer) -> MaskGIT:
+    """MODEL, or CacheMismatch where it was trained on the tokens of another tokenizer than this."""
+    mine = tokenizer_hash(tokenizer)
+    if model.info.get("tokenizer") != mine:
+        raise CacheMismatch(
+            f"the generator was trained on the tokens of the tokenizer {model.info.get('tokenizer')}, expected {mine}: "
+            "give it the tokenizer that it was trained with"
+        )
+    return model
+
+
+def index_type(codebook_size: int) -> type[np.integer]:
+    """The smallest unsigned type that holds the indices 0 to K - 1."""
+    return next(kind for kind in (np.uint8, np.uint16, np.uint32) if codebook_size - 1 <= np.iinfo(kind).max)
+
+
+def cache_tokens(
+    tokenizer: CodaTokenizer,
+    dataset: ImageDataset,
+    folder: str | Path,
+    views: int = 1,
+    flip: bool = False,
+    sample: bool = True,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    shard_images: int = SHARD_IMAGES,
+) -> Path:
+    """Encode a data set into FOLDER, each image once a view; goes on with what an interrupted call left.
+
+    The noise of an image's latents, its crop and its flip depend on the seed, the view and the image alone: the indices
+    do not change with the batch or the number of processes (but for the rounding of sums).
+
+    Args:
+        tokenizer: on the device that is to do the work.
+        views: times that each image is encoded; with `dataset.random_crop` each with a crop of its own.
+        flip: mirror every second view, left to right.
+        sample: latents are drawn from the posterior, as the release does; False: its mean, the same in every view that
+            has no crop or flip of its own.
+        rank, world: this process's number among those that share the work; each takes every world-th shard.
+    Returns:
+        FOLDER, complete once all processes are through.
+    Raises:
+        CacheMismatch: FOLDER holds another tokenizer's or other data's tokens.
+    """
+    if views < 1:
+        raise ValueError(f"views is {views}, expected at least 1")
+    if dataset.resolution != tokenizer.resolution:
+        raise ValueError(f"images of {dataset.resolution} pixels got, the tokenizer expects {tokenizer.resolution}")
+    folder, quantizer = Path(folder), tokenizer.quantizer
+    positions = len(dataset) * views
+    manifest = {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "codebook_size": quantizer.codebook_size,
+        "scales": list(quantizer.scales),
+        "dataset": dataset.name,
+        "classes": list(dataset.classes),
+        "images": len(dataset),
+        "items": hashlib.sha256(repr([(item.name, item.label) for item in dataset.items]).encode()).hexdigest()[:16],
+        "resolution": dataset.resolution,
+        "random_crop": dataset.random_crop,
+        "views": views,
+        "flip": flip,
+        "sample": sample,
+        "seed": seed,
+        "shard_images": shard_images,
+        "shards": -(-positions // shard_images),
+    }
+    _begin(folder, manifest, tokenizer, dataset)
+    mine = range(rank, manifest["shards"], world)
+    missing = [number for number in mine if not _shard(folder, number).exists()]
+    unreadable = UnreadableCount(dataset)
+    for number in tqdm(missing, desc="tokens", disable=rank > 0, mininterval=2.0):
+        start = number * shard_images
+        numbers = range(start, min(start + shard_images, positions))
+        arrays = _encode(tokenizer, dataset, numbers, flip, sample, seed, batch_size, workers, unreadable)
+        with atomic_write(_shard(folder, number), "wb") as file:
+            file.write(save(arrays))
+    unreadable.report()
+    return folder
+
+
+def cache_dataset(
+    tokenizer: str,
+    dataset: str,
+    split: str,
+    folder: str | Path,
+    limit: int | None = None,
+    random_crop: bool = False,
+    **settings: Any,
+) -> None:
+    """`cache_tokens` from names, for `base.processes.launch`: every process opens the two and takes its share.
+
+    `tokenizer` is what `models.checkpoints.load_tokenizer` takes, `dataset` what `load_dataset` does. Pass `settings`
+    on through `functools.partial`.
+    """
+    accelerator = make_accelerator()
+    opened = load_tokenizer(tokenizer).to(accelerator.device)
+    images = load_dataset(dataset, split, opened.resolution, random_crop, limit)
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    cache_tokens(opened, images, folder, **settings, **share)
+    accelerator.wait_for_everyone()
+
+
+def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dataset: ImageDataset) -> None:
+    """Write what describes the cache, the same from every process, or make sure that what is there says the same."""
+    if (folder / MANIFEST).exists():
+        found = read_json(folder / MANIFEST)
+        if odd := [key for key in manifest if found.get(key) != manifest[key]]:
+            differences = ", ".join(f"{key} {found.get(key)} there and {manifest[key]} here" for key in odd)
+            raise CacheMismatch(f"{folder} holds other tokens: {differences}; remove it or choose another folder")
+        return
+    write_json(folder / CAPTIONS, [item.captions for item in dataset.items])
+    with atomic_write(folder / CODES, "wb") as file:
+        file.write(save({"values": tokenizer.quantizer.code_values.cpu().numpy()}))
+    write_json(folder / MANIFEST, manifest)  # last: where it is, the others are
+
+
+@torch.no_grad()
+def _encode(
+    tokenizer: CodaTokenizer,
+    dataset: ImageDataset,
+    numbers: range,
+    flip: bool,
+    sample: bool,
+    seed: int,
+    batch_size: int,
+    workers: int,
+    unreadable: UnreadableCount,
+) -> dict[str, np.ndarray]:
+    """The arrays of one shard: NUMBERS count the images view after view."""
+    device = next(tokenizer.parameters()).device
+    seeds = {number: (seed * SEED_STRIDE + number // len(dataset)) * SEED_STRIDE + number for number in numbers}
+    keys = [(number % len(dataset), seeds[number]) for number in numbers]
+    loader = DataLoader(
+        dataset, batch_size, sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda"
+    )
+    kind, columns = index_type(tokenizer.quantizer.codebook_size), {"indices": [], "label": [], "image": [], "view": []}
+    view_of = iter(numbers)
+    for batch in loader:
+        unreadable.add(batch["unreadable"])
+        if "image" not in batch:
+            continue
+        chosen = [_next_of(view_of, image, len(dataset)) for image in batch["index"].tolist()]
+        views = torch.tensor([number // len(dataset) for number in chosen])
+        images = batch["image"]
+        if flip:
+            images = torch.where((views % 2 == 1)[:, None, None, None], images.flip(3), images)
+        noise = [torch.Generator().manual_seed(seeds[number]) for number in chosen]  # on the CPU, for every device
+        indices = tokenizer.encode(images.to(device), sample, noise)
+        columns["indices"].append(torch.cat([level.flatten(1) for level in indices], dim=1).cpu().numpy().astype(kind))
+        columns["label"].append(batch["label"].numpy().astype(np.int32))
+        columns["image"].append(batch["index"].numpy().astype(np.int32))
+        columns["view"].append(views.numpy().astype(np.int32))
+    if not columns["label"]:
+        empty = np.zeros(0, np.int32)
+        return {"indices": np.zeros((0, tokenizer.tokens), kind), "label": empty, "image": empty, "view": empty}
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def _next_of(numbers: Iterator[int], image: int, images: int) -> int:
+    """The next position that shows IMAGE; those between are of unreadable images."""
+    return next(number for number in numbers if number % images == image)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / SHARDS / f"{number:05d}.safetensors"
+
+
+class TokenCache:
+    """A complete cache, read into memory in its small integer type; N images and views.
+
+    Item access is by `batch`, training order by `batches`.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], columns: dict[str, np.ndarray]):
+        self.folder, self.manifest = folder, manifest
+        self.indices, self._label = columns["indices"], columns["label"]  # (N, L), (N,)
+        self.image, self.view = columns["image"], columns["view"]  # (N,): which image of the data set, which view
+        self.captions: list[list[str]] = read_json(folder / CAPTIONS)  # an image's, one at least
+
+    @classmethod
+    def open(cls, folder: str | Path, tokenizer_hash: str | None = None) -> "TokenCache":
+        """Read a cache.
+
+        Raises:
+            CacheMismatch: it was made by another tokenizer than that of `tokenizer_hash`.
+            ValueError: no cache there, or shards missing or broken; says which.
+        """
+        folder = Path(folder)
+        if not (folder / MANIFEST).exists():
+            raise ValueError(
+                f"{folder} holds no token cache ({MANIFEST}): make one with codalib.datasets.token_cache.cache_tokens"
+            )
+        manifest = read_json(folder / MANIFEST)
+        if tokenizer_hash is not None and manifest["tokenizer"] != tokenizer_hash:
+            raise CacheMismatch(
+                f"the tokens of {folder} were made by the tokenizer {manifest['tokenizer']}, expected "
+                f"{tokenizer_hash}: encode the data again with this tokenizer, into another folder"
+            )
+        paths = [_shard(folder, number) for number in range(manifest["shards"])]
+        if missing := [path.name for path in paths if not path.exists()]:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of its {len(paths)} shards ({missing[0]}, ...): run its stage again"
+            )
+        parts = []
+        for path in paths:
+            try:
+                parts.append(load_file(path))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read ({error}): remove it and run its stage again") from error
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return cls(folder, manifest, columns)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer's hash."""
+        return self.manifest["tokenizer"]
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        return tuple(self.manifest["scales"])
+
+    @property
+    def codebook_size(self) -> int:
+        return self.manifest["codebook_size"]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.manifest["classes"]
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return torch.from_numpy(self._label.astype(np.int64))
+
+    @cached_property
+    def code_values(self) -> Tensor:
+        """What each code adds to the latents, (K, C)."""
+        return torch.from_numpy(load_file(self.folder / CODES)["values"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the tokens and labels: 16 hex digits."""
+        digest = hashlib.sha256(self.tokenizer.encode())
+        for array in (self.indices, self._label, self.image):
+            digest.update(np.ascontiguousarray(array).data)
+        digest.update(json.dumps(self.captions).encode())
+        return digest.hexdigest()[:16]
+
+    def batch(self, rows: Sequence[int], choices: Sequence[int] | None = None) -> dict[str, Any]:
+        """Some rows: {"tokens" (B, L) int64, "label" (B,), "caption" list, "index" (B,), the image's number}.
+
+        Of an image's n captions the one of number `choices` modulo n is taken; None: the first.
+        """
+        rows = np.asarray(rows)
+        captions = [self.captions[image] for image in self.image[rows]]
+        choices = choices or [0] * len(rows)
+        return {
+            "tokens": torch.from_numpy(self.indices[rows].astype(np.int64)),
+            "label": torch.from_numpy(self._label[rows].astype(np.int64)),
+            "caption": [own[choice % len(own)] for own, choice in zip(captions, choices, strict=True)],
+            "index": torch.from_numpy(self.image[rows].astype(np.int64)),
+        }
+
+    def batches(
+        self, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        """Endless batches of `batch_size` for this process, from global step `start_step` on.
+
+        The order is that of `datasets.images.EndlessOrder`: a function of the seed and the step, the processes' union
+        independent of their number; an epoch shows every view once, with a caption drawn anew.
+        """
+        order = iter(EndlessOrder(len(self), seed, start_step * batch_size * world, rank, world))
+        while True:
+            yield self.batch(*zip(*(next(order) for _ in range(batch_size)), strict=True))
+
+    def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
+        """Every row once, in order; process `rank` of `world` takes every world-th."""
+        rows = np.arange(rank, len(self), world)
+        for start in range(0, len(rows), batch_size):
+            yield self.batch(rows[start : start + batch_size])

@@ -1,0 +1,1 @@
+"""Metrics, and how reconstructions, generated images and latents are measured."""

@@ -1,0 +1,110 @@
+"""Measures beside the pictures of Figures 3, 5 and 6: how latents, their approximations and codes lie to each other.
+
+Latents are (N, C, H, W) and normalised; a feature is the vector of C numbers at one position.
+"""
+
+import torch
+from torch import Tensor
+
+from codalib.datasets.images import ImageDataset, training_batches
+from codalib.evaluation.metrics import coverage, frechet_distance
+from codalib.models.quantizer import ResidualQuantizer
+from codalib.models.vae import ContinuousVAE
+
+
+def features_of(latents: Tensor, count: int | None = None, seed: int = 0) -> Tensor:
+    """The features (N, C) of latents (B, C, H, W): one a position, or COUNT of them drawn without repetition."""
+    features = latents.movedim(1, -1).reshape(-1, latents.shape[1])  # (B, C, H, W) -> (B H W, C)
+    if count is None:
+        return features
+    if count > len(features):
+        raise ValueError(f"{count} features asked for, expected at most {len(features)}: take more images")
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def approximation(latents: Tensor, quantized: Tensor, count: int, seed: int = 0) -> dict[str, float]:
+    """How well quantized latents fill the space of the latents (B, C, H, W), beside Figure 3.
+
+    `quantization_error` is the mean square, `latent_distance` the Frechet distance of Gaussians fitted to the features
+    (N, C), `coverage` that of `evaluation.metrics.coverage` between two disjoint draws of COUNT features, `distinct`
+    the share of different features among the quantized ones.
+    """
+    features, others = features_of(latents), features_of(quantized)
+    drawn = features_of(torch.cat([latents, quantized], dim=1), 2 * count, seed)  # both at the same positions
+    reference, samples = drawn[:count, : latents.shape[1]], drawn[count:, latents.shape[1] :]
+    gaussians = [(x.double().mean(0), x.double().T.cov()) for x in (features, others)]
+    return {
+        "quantization_error": (quantized - latents).square().mean().item(),
+        "latent_distance": frechet_distance(*gaussians[0], *gaussians[1]),
+        "coverage": coverage(reference, samples),
+        "distinct": len(others.unique(dim=0)) / len(others),
+    }
+
+
+@torch.no_grad()
+def sharpness(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int = 16) -> dict[str, float]:
+    """How sure the assignment of latents (N, C, H, W) is, beside Figure 5: the means over all tokens of all levels.
+
+    `top_share` is the share of the surest code, `assignment_entropy` the entropy of the shares in nats (log K: no code
+    is preferred). Attention's shares are its softmax scores. Distances have none; theirs are the probabilities of the
+    codes as centres of Gaussians whose variance is the level's own quantization error, the usual reading of nearest
+    neighbours as a mixture. So the two are comparable in kind, not in scale.
+    """
+    device, sums, tokens = next(quantizer.parameters()).device, torch.zeros(2, dtype=torch.float64), 0
+    variances = [None] * len(quantizer.scales)
+    if quantizer.kind == "nearest":
+        nearest = [quantizer.confidence(batch.to(device), top=1) for batch in latents.split(batch_size)]
+        variances = [
+            torch.cat(level).square().mean() / quantizer.latent_channels for level in zip(*nearest, strict=True)
+        ]
+    for batch in latents.split(batch_size):
+        scores = quantizer.confidence(batch.to(device), top=quantizer.codebook_size)
+        for level, variance in zip(scores, variances, strict=True):
+            shares = level.flatten(0, 2)  # (B p p, K)
+            if variance is not None:
+                shares = (-shares.square() / (2 * variance)).softmax(dim=1)
+            found = torch.stack([shares[:, 0].sum(), torch.special.entr(shares).sum()])
+            sums, tokens = sums + found.double().cpu(), tokens + len(shares)
+    return dict(zip(("top_share", "assignment_entropy"), (sums / tokens).tolist(), strict=True))
+
+
+def code_spread(quantizer: ResidualQuantizer, latents: Tensor, seed: int = 0) -> dict[str, float]:
+    """How the codes of a quantizer of one level lie among latents (N, C, H, W), beside Figure 6.
+
+    `coverage` is that of as many drawn features as there are codes, `latent_distance` the Frechet distance between
+    Gaussians fitted to the codes' values and to all features; then `latent_scores`.
+    """
+    codes, features = quantizer.code_values.cpu(), features_of(latents)
+    gaussians = [(x.double().mean(0), x.double().T.cov()) for x in (features, codes)]
+    return {
+        "coverage": coverage(features_of(latents, len(codes), seed), codes),
+        "latent_distance": frechet_distance(*gaussians[0], *gaussians[1]),
+    } | latent_scores(quantizer, latents)
+
+
+@torch.no_grad()
+def encode_images(
+    vae: ContinuousVAE, dataset: ImageDataset, images: int, batch_size: int = 64, seed: int = 0
+) -> Tensor:
+    """Sampled, normalised latents (N, C, H, W) of N = `images` images, in seeded order, on the CPU.
+
+    Beyond one pass over the data set the images come again, with other crops.
+    """
+    device = next(vae.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    stream = training_batches(dataset, batch_size, seed)
+    count = -(-images // batch_size)
+    parts = [vae.encode(next(stream)["image"].to(device), generator=generator).cpu() for _ in range(count)]
+    return torch.cat(parts)[:images]
+
+
+@torch.no_grad()
+def latent_scores(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int = 64) -> dict[str, float]:
+    """`quantization_error` (mean squared) and `utilization` of a quantizer on latents (N, C, H, W)."""
+    device = next(quantizer.parameters()).device
+    error, used = 0.0, torch.zeros(quantizer.codebook_size, dtype=torch.bool)
+    for batch in latents.split(batch_size):
+        indices = quantizer.encode(batch.to(device))
+        error += (quantizer.decode(indices).cpu() - batch).square().sum().item()
+        used[torch.cat([level.flatten() for level in indices]).cpu()] = True
+    return {"quantization_error": error / latents.numel(), "utilization": used.double().mean().item()}

@@ -1,0 +1,413 @@
+"""What the reports measure: PSNR, SSIM, perceptual distance, Frechet distance, quantization error, utilization.
+
+The streaming measures are torchmetrics metrics: sums in float64 or int64, whose size does not depend on the number of
+images, added over the processes of a distributed run by `compute`. `ReconstructionMetrics` holds them all and states
+the protocol of each number. A Frechet or perceptual distance on another network than the paper's has another name.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from codalib.pretrained.networks import EfficientNetLite0, InceptionFID, check_images, to_8bit
+from codalib.pretrained.perceptual import PerceptualDistance, build_perceptual
+from codalib.pretrained.registry import has_weights
+
+SSIM_WINDOW = 11  # pixels
+SSIM_SIGMA = 1.5  # pixels
+SSIM_C1 = (0.01 * 255) ** 2
+SSIM_C2 = (0.03 * 255) ** 2
+CPU_BATCH = 4  # images: at 224 pixels the feature maps of more leave the cache, and each takes about twice as long
+
+
+def _truncated_8bit(images: Tensor) -> Tensor:
+    # The release truncates; the Frechet distances round (`pretrained.networks.to_8bit`).
+    if not torch.isfinite(images).all():
+        raise ValueError("got images that are not finite, expected values around [-1, 1]: the model has diverged")
+    return (((images.float() + 1) / 2).clamp(0, 1) * 255).to(torch.uint8).double()
+
+
+def _check_pair(reference: Tensor, reconstruction: Tensor) -> None:
+    check_images(reference)
+    check_images(reconstruction)
+    if reference.shape != reconstruction.shape:
+        raise ValueError(
+            f"got a reference of shape {tuple(reference.shape)} and a reconstruction of shape "
+            f"{tuple(reconstruction.shape)}, expected the same (B, 3, h, w)"
+        )
+
+
+@torch.no_grad()
+def psnr(reference: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image, by the released protocol.
+
+    Args:
+        reference, reconstruction: (B, 3, h, w) in [-1, 1]; mapped to [0, 1], clamped, truncated to 8 bits.
+
+    Returns:
+        float64 (B,); infinite where the 8-bit images are equal.
+    """
+    _check_pair(reference, reconstruction)
+    ours, theirs = _truncated_8bit(reconstruction), _truncated_8bit(reference)
+    return peak_signal_noise_ratio(ours, theirs, data_range=255.0, reduction="none", dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def ssim(reference: Tensor, reconstruction: Tensor) -> Tensor:
+    """Structural similarity of each image, by the released protocol: the mean over the valid region and the channels.
+
+    An 11 x 11 Gaussian window of sigma 1.5 on 8-bit images, K1 0.01, K2 0.03. torchmetrics's window is the same but on
+    flat white images its float32 is off by 5e-4 (an image against itself gives 0.9994), and its float64 takes 14 times
+    as long; here the window is separable and float64.
+
+    Args:
+        reference, reconstruction: (B, 3, h, w) in [-1, 1]; mapped to [0, 1], clamped, truncated to 8 bits.
+
+    Returns:
+        float64 (B,), at most 1.
+    """
+    _check_pair(reference, reconstruction)
+    height, width = reference.shape[-2:]
+    if min(height, width) < SSIM_WINDOW:
+        raise ValueError(f"got images of {height} x {width} pixels, expected at least {SSIM_WINDOW} a side for SSIM")
+    x, y = _truncated_8bit(reference), _truncated_8bit(reconstruction)
+    rows, columns = _window(height, x.device), _window(width, x.device)
+    moments = rows.T @ torch.stack([x, y, x * x, y * y, x * y]) @ columns  # (5, B, 3, h - 10, w - 10)
+    mean_x, mean_y, xx, yy, xy = moments
+    var_x, var_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    similarity = ((2 * mean_x * mean_y + SSIM_C1) * (2 * covariance + SSIM_C2)) / (
+        (mean_x**2 + mean_y**2 + SSIM_C1) * (var_x + var_y + SSIM_C2)
+    )
+    return similarity.mean(dim=(1, 2, 3))  # (B,)
+
+
+def _window(side: int, device: torch.device) -> Tensor:
+    """The Gaussian window as a matrix (side, side - 10): one column for each position of the valid region."""
+    offsets = torch.arange(side, device=device)[:, None] - torch.arange(side - SSIM_WINDOW + 1, device=device)
+    weights = torch.exp(-((offsets.double() - SSIM_WINDOW // 2) ** 2) / (2 * SSIM_SIGMA**2))
+    weights[(offsets < 0) | (offsets >= SSIM_WINDOW)] = 0
+    return weights / weights.sum(dim=0)
+
+
+class QuantizationError(Metric):
+    """Mean squared difference of normalised latents and their quantized values, over all elements seen."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("squared", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("elements", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, latents: Tensor, quantized: Tensor) -> None:
+        """Add a batch: normalised latents and quantized values, both (B, C, H, W)."""
+        if latents.shape != quantized.shape:
+            raise ValueError(
+                f"got latents of shape {tuple(latents.shape)} and quantized ones of shape {tuple(quantized.shape)}, "
+                "expected the same (B, C, H, W)"
+            )
+        self.squared += (latents.double() - quantized.double()).square().sum().to(self.squared.device)
+        self.elements += latents.numel()
+
+    def compute(self) -> Tensor:
+        """The mean squared error, a float64 scalar."""
+        return self.squared / self.elements
+
+
+class Utilization(Metric):
+    """Share of codes used at least once over all images seen, and perplexity of their use; in total and per level.
+
+    All levels share one codebook of `codebook_size` codes, so a code counts as used in total if any level used it. A
+    level of p x p tokens can have used at most (number of images) x p^2 codes: coarse levels need many images.
+
+    Args:
+        codebook_size: K.
+        num_levels: number of levels.
+    """
+
+    full_state_update = False
+
+    def __init__(self, codebook_size: int, num_levels: int) -> None:
+        super().__init__()
+        self.codebook_size, self.num_levels = codebook_size, num_levels
+        counts = torch.zeros(num_levels, codebook_size, dtype=torch.long)  # (levels, K)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
+
+    def update(self, indices: list[Tensor]) -> None:
+        """Add a batch: one LongTensor (B, p, p) for each level, values in [0, K)."""
+        if len(indices) != self.num_levels:
+            raise ValueError(f"got the indices of {len(indices)} levels, expected {self.num_levels}")
+        for level, codes in enumerate(indices):
+            lowest, highest = codes.aminmax()
+            if lowest < 0 or highest >= self.codebook_size:
+                raise ValueError(
+                    f"got indices from {lowest.item()} to {highest.item()} at level {level + 1}, "
+                    f"expected [0, {self.codebook_size}): is this the tokenizer's codebook_size?"
+                )
+            counts = torch.bincount(codes.flatten(), minlength=self.codebook_size)
+            self.counts[level] += counts.to(self.counts.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """`utilization`, `perplexity` (1 to K), and each with `_level_1`, `_level_2`, ... appended."""
+        values = {"utilization": _used(self.counts.sum(0)), "perplexity": _perplexity(self.counts.sum(0))}
+        values |= {f"utilization_level_{i + 1}": _used(counts) for i, counts in enumerate(self.counts)}
+        return values | {f"perplexity_level_{i + 1}": _perplexity(counts) for i, counts in enumerate(self.counts)}
+
+
+def _used(counts: Tensor) -> Tensor:
+    return (counts > 0).double().mean()
+
+
+def _perplexity(counts: Tensor) -> Tensor:
+    shares = counts.double() / counts.sum()
+    return torch.special.entr(shares).sum().exp()
+
+
+class _PooledFeatures(nn.Module):
+    """An extractor as torchmetrics wants it: images in [-1, 1] in, pooled features of their 8-bit versions out."""
+
+    def __init__(self, extractor: InceptionFID | EfficientNetLite0, resolution: int) -> None:
+        super().__init__()
+        self.extractor, self.resolution = extractor, resolution
+        self.num_features = extractor.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images)
+        with torch.autocast(images.device.type, enabled=False):
+            if isinstance(self.extractor, InceptionFID):
+                return self.extractor.pooled(images.float())  # rounds to 8 bits itself
+            images = to_8bit(images).float() / 127.5 - 1
+            parts = images.split(CPU_BATCH if images.device.type == "cpu" else len(images))
+            return torch.cat([self.extractor.pooled(part, self.resolution) for part in parts])
+
+
+class FrechetDistance(FrechetInceptionDistance):
+    """Frechet distance of Gaussians fitted to pooled features: torchmetrics's, on a named extractor.
+
+    `name` is "fid" with the paper's Inception, "fd_effnet" with EfficientNet-Lite0; the two are not comparable. Call
+    `update(images, real=...)` with images (B, 3, h, w) in [-1, 1]; they are rounded to 8 bits first (the release reads
+    unrounded floats).
+
+    Args:
+        extractor: an `InceptionFID` or an `EfficientNetLite0`.
+        resolution: side in pixels to which EfficientNet's images are resized (Inception's is always 299).
+    """
+
+    def __init__(self, extractor: InceptionFID | EfficientNetLite0, resolution: int = 224) -> None:
+        if not isinstance(extractor, InceptionFID | EfficientNetLite0):
+            raise TypeError(f"got an extractor {type(extractor).__name__}, expected InceptionFID or EfficientNetLite0")
+        super().__init__(feature=_PooledFeatures(extractor, resolution))
+        self.name = "fid" if isinstance(extractor, InceptionFID) else "fd_effnet"
+        self.extractor_side = 299 if isinstance(extractor, InceptionFID) else resolution
+
+    def with_same_reference(self) -> "FrechetDistance":
+        """A new distance with the same network and the real images seen so far, so that they are not read again."""
+        twin = FrechetDistance(self.inception.extractor, self.inception.resolution)
+        for state in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
+            setattr(twin, state, getattr(self, state).clone())
+        return twin
+
+
+def build_frechet(name: str | None, resolution: int = 224) -> FrechetDistance | None:
+    """The Frechet distance of a name, or None for None.
+
+    Args:
+        name: "rfid" or "fid" (Inception), "fd_effnet", None, or "auto": Inception where its weights are, else
+            EfficientNet (the returned metric's `name` tells which).
+        resolution: for EfficientNet, see `FrechetDistance`.
+
+    Raises:
+        codalib.pretrained.registry.MissingWeights: the network's weights are not on this machine.
+    """
+    if name == "auto":
+        name = "fid" if has_weights("inception_fid") else "fd_effnet"
+    if name not in (None, "rfid", "fid", "fd_effnet"):
+        raise ValueError(f"got the Frechet distance {name!r}, expected rfid, fid, fd_effnet, auto or None")
+    if name is None:
+        return None
+    return FrechetDistance(EfficientNetLite0() if name == "fd_effnet" else InceptionFID(), resolution)
+
+
+class ReconstructionMetrics(nn.Module):
+    """Every measure of a tokenizer's (or a continuous VAE's) reconstructions, streaming.
+
+    Args:
+        codebook_size: K; None for a continuous VAE.
+        num_levels: number of levels; None for a continuous VAE.
+        frechet: a name for `build_frechet`, or a `FrechetDistance`, whose `with_same_reference` spares reading the
+            same real images again for each of several models; None leaves it out.
+        perceptual: a name for `pretrained.perceptual.build_perceptual`, or a loaded distance; None leaves it out.
+        reference_set: what the reference images are, in words, for `protocol`.
+        frechet_resolution: side in pixels of EfficientNet's input.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int | None = None,
+        num_levels: int | None = None,
+        frechet: str | FrechetDistance | None = "auto",
+        perceptual: str | PerceptualDistance | None = None,
+        reference_set: str = "the evaluated images themselves",
+        frechet_resolution: int = 224,
+    ) -> None:
+        super().__init__()
+        if (codebook_size is None) != (num_levels is None):
+            raise ValueError(f"got codebook_size {codebook_size} and num_levels {num_levels}, expected both or neither")
+        self.reference_set = reference_set
+        self.images = SumMetric().set_dtype(torch.float64)
+        self.psnr, self.ssim, self.distance = (
+            MeanMetric(nan_strategy="error").set_dtype(torch.float64) for _ in range(3)
+        )
+        self.quantization_error = QuantizationError()
+        self.utilization = None if codebook_size is None else Utilization(codebook_size, num_levels)
+        self.perceptual = perceptual if isinstance(perceptual, nn.Module) else build_perceptual(perceptual)
+        self.frechet = frechet if isinstance(frechet, Metric) else build_frechet(frechet, frechet_resolution)
+        if self.frechet is not None and self.frechet.fake_features_num_samples > 0:
+            raise ValueError("got a Frechet distance of another model's images: give its with_same_reference()")
+        self._reference_is_known = self.frechet is not None and self.frechet.real_features_num_samples > 0
+
+    @torch.no_grad()
+    def update(
+        self,
+        images: Tensor,
+        reconstruction: Tensor,
+        latents: Tensor | None = None,
+        quantized: Tensor | None = None,
+        indices: list[Tensor] | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            images: (B, 3, h, w) in [-1, 1].
+            reconstruction: the same shape, clamped here.
+            latents, quantized: normalised latents and their quantized values (B, C, H, W), both or neither.
+            indices: one LongTensor (B, p, p) for each level.
+        """
+        if (latents is None) != (quantized is None):
+            raise ValueError("got only one of latents and quantized, expected both or neither")
+        if indices is not None and self.utilization is None:
+            raise ValueError("got indices, expected none: give ReconstructionMetrics a codebook_size and num_levels")
+        self.psnr.update(psnr(images, reconstruction))
+        self.ssim.update(ssim(images, reconstruction))
+        self.images.update(len(images))
+        images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
+        if self.perceptual is not None:
+            self.distance.update(self.perceptual(images, reconstruction))
+        if self.frechet is not None:
+            if not self._reference_is_known:
+                self.frechet.update(images, real=True)
+            self.frechet.update(reconstruction, real=False)
+        if latents is not None:
+            self.quantization_error.update(latents, quantized)
+        if indices is not None:
+            self.utilization.update(indices)
+
+    def compute(self) -> dict[str, float]:
+        """The measures by name, over all processes; those that were given nothing are left out.
+
+        `psnr` (dB), `ssim`, the perceptual distance's name, `quantization_error`, `utilization`, `perplexity` and both
+        `_level_1`, ..., and `rfid` or `fd_effnet`.
+        """
+        if not self.psnr.update_called:
+            raise RuntimeError("no image was measured: call update before compute")
+        values = {"psnr": self.psnr.compute(), "ssim": self.ssim.compute()}
+        if self.perceptual is not None:
+            values[self.perceptual.name] = self.distance.compute()
+        if self.quantization_error.update_called:
+            values["quantization_error"] = self.quantization_error.compute()
+        if self.utilization is not None and self.utilization.update_called:
+            values |= self.utilization.compute()
+        if self.frechet is not None:
+            real, fake = self.frechet.real_features_num_samples, self.frechet.fake_features_num_samples
+            if real != fake:
+                raise RuntimeError(
+                    f"got {fake.item()} reconstructions against the {real.item()} reference images of an earlier "
+                    "evaluation, expected the same images: evaluate the same set, or build a new Frechet distance"
+                )
+            values[self._frechet_name] = self.frechet.compute()
+        return {name: float(value) for name, value in values.items()}
+
+    def protocol(self) -> dict[str, str]:
+        """How each number of `compute` is made, in words; in a distributed run call it on every process."""
+        images = f"{int(self.images.compute()):,} images, per image, averaged"
+        eight_bit = "clamped to [0, 1], truncated to 8 bits"
+        texts = {
+            "psnr": f"dB, {images}; {eight_bit}",
+            "ssim": f"{images}; {eight_bit}; 11 x 11 Gaussian window, sigma 1.5, valid region, mean of three channels",
+            "quantization_error": "mean squared difference in normalised latents, over all elements",
+            "utilization": "share of codes used at least once over the evaluated images",
+            "perplexity": "exp of the entropy in nats of the codes' shares over the evaluated images",
+        }
+        if self.perceptual is not None:
+            network = "LPIPS, VGG16" if self.perceptual.name == "perceptual_vgg" else "EfficientNet-Lite0, not LPIPS"
+            texts[self.perceptual.name] = f"{network}; {images}; reconstruction clamped, not rounded"
+        if self.frechet is not None:
+            inception = self._frechet_name == "rfid"
+            network = (
+                "TF-ported InceptionV3, 2048-d" if inception else "EfficientNet-Lite0, 1280-d, not comparable with FID"
+            )
+            resize = "bilinear, not antialiased" if inception else "bicubic, antialiased"
+            texts[self._frechet_name] = (
+                f"{network}; {int(self.images.compute()):,} reconstructions against as many reference images: "
+                f"{self.reference_set}; clamped, rounded to 8 bits, resized to {self.frechet.extractor_side} ({resize})"
+            )
+        present = self.compute()
+        return {name: texts[name.split("_level_")[0]] for name in present}
+
+    @property
+    def _frechet_name(self) -> str:
+        return "rfid" if self.frechet.name == "fid" else self.frechet.name
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
+
+    Means are (D,), covariances symmetric (D, D), singular ones included.
+    """
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(value).double() for value in (mean1, cov1, mean2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # C1^(1/2)
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()  # tr (C1 C2)^(1/2)
+    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
+
+
+def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = 3, chunk: int = 1024) -> tuple[float, float]:
+    """Improved precision and recall (arXiv:1904.06991) of two sets of features (N, D) and (M, D).
+
+    Precision: share of samples that lie within a reference's distance to its `neighbours`-th nearest other reference.
+    Recall: the same with the sets exchanged. `chunk` rows of distances are held at once.
+    """
+    if min(len(reference), len(samples)) <= neighbours:
+        raise ValueError(
+            f"got {len(reference)} references and {len(samples)} samples, expected more than neighbours = {neighbours}"
+        )
+
+    def covered(points: Tensor, manifold: Tensor) -> float:
+        # The nearest neighbour of a point in its own set is itself, hence + 1.
+        radii = [torch.cdist(part, manifold).kthvalue(neighbours + 1).values for part in manifold.split(chunk)]
+        radius = torch.cat(radii)  # (len(manifold),)
+        inside = [(torch.cdist(part, manifold) <= radius).any(dim=1) for part in points.split(chunk)]
+        return torch.cat(inside).double().mean().item()
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+def coverage(reference: Tensor, samples: Tensor, neighbours: int = 3, chunk: int = 1024) -> float:
+    """Share of the references (N, D) that have a sample (M, D) within the distance to their `neighbours`-th nearest
+    other reference (arXiv:2002.09797).
+
+    Unlike the recall of `precision_recall` it needs no distances between samples, and so holds for quantized ones,
+    many of which are equal. As many samples of the references' own distribution reach about 1 - 2^-neighbours.
+    """
+    if len(reference) <= neighbours or not len(samples):
+        raise ValueError(
+            f"got {len(reference)} references and {len(samples)} samples, expected more than neighbours = {neighbours} "
+            "references and a sample"
+        )
+    found = []
+    for part in reference.split(chunk):
+        radius = torch.cdist(part, reference).kthvalue(neighbours + 1).values  # the nearest is the point itself
+        found.append(torch.cdist(part, samples).min(dim=1).values <= radius)
+    return torch.cat(found).double().mean().item()

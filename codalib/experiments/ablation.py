@@ -1,0 +1,208 @@
+"""Quantizers on a frozen VAE, each at the paper's setting and at the best of its sweep, over several seeds.
+
+They are the middle rungs of Table 1, and what Figures 3 to 6 draw. A comparison of two methods at one learning rate
+says as much about the rate as about the methods, so each method gets the same number of trials, judged on latents that
+it was not trained on. A fifth method, attention with one level, is not in the paper's table: it tells what attention
+does without residual levels, and its codes lie in the space of the latents themselves, where they can be looked at.
+"""
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from codalib.base.files import read_json, write_json
+from codalib.base.paths import DATA
+from codalib.evaluation.latents import latent_scores
+from codalib.experiments.paper import TABLE_1
+from codalib.models.quantizer import ResidualQuantizer
+from codalib.training.quantizer import fit_quantizer
+from codalib.training.settings import QuantizerSettings
+
+HELD_OUT = 0.1  # share of the training latents on which a sweep's trials are compared
+CONTINUOUS, VQ, RESIDUAL, ATTENTION, ADAPTED = (row.method for row in TABLE_1)
+ONE_LEVEL_ATTENTION = "Attention quantization, one level"
+METHODS = {  # method -> kind of quantizer, and whether it has the residual levels
+    VQ: ("nearest", False),
+    ONE_LEVEL_ATTENTION: ("attention", False),
+    RESIDUAL: ("nearest", True),
+    ATTENTION: ("attention", True),
+}
+BEST, PAPER = "best of its sweep", "paper's setting"
+EMBEDDED_QUANTIZERS = {"emoji": DATA / "quantizers-emoji"}  # name -> folder
+TRIALS = "trials.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fitted quantizer, with its scores on the held-out latents."""
+
+    method: str
+    settings: QuantizerSettings
+    quantizer: ResidualQuantizer
+    quantization_error: float
+    utilization: float
+    snapshots: tuple[tuple[int, ResidualQuantizer], ...] = ()  # (step, the quantizer after so many steps), rising
+
+    def row(self) -> dict[str, Any]:
+        """A line of the sweep's table."""
+        return {
+            "method": self.method,
+            "learning_rate": self.settings.learning_rate,
+            "entropy_weight": self.settings.entropy_weight if self.settings.kind == "attention" else None,
+            "seed": self.settings.seed,
+            "quantization_error": self.quantization_error,
+            "utilization": self.utilization,
+        }
+
+
+def sweep(
+    method: str,
+    settings: QuantizerSettings,
+    latents: Tensor,
+    folder: str | Path,
+    learning_rates: Sequence[float],
+    entropy_weights: Sequence[float] = (0.0,),
+    snapshots: Sequence[int] = (),
+) -> list[Trial]:
+    """Fit a quantizer at every learning rate and entropy weight, in the order given; a finished trial is not repeated.
+
+    Args:
+        settings: all else.
+        latents: (N, C, H, W); the last tenth is held out of training and scores the trials.
+        folder: receives one folder a trial.
+        snapshots: steps after which each trial's state is kept, see `fit_quantizer`.
+    """
+    held_out = max(1, round(HELD_OUT * len(latents)))
+    trials = []
+    for rate, weight in itertools.product(learning_rates, entropy_weights):
+        own = replace(settings, learning_rate=rate, entropy_weight=weight)
+        place = Path(folder) / f"rate-{rate:g}-entropy-{weight:g}-seed-{own.seed}"
+        quantizer = fit_quantizer(own, latents[:-held_out], place, snapshots=snapshots)
+        states = tuple((step, _with_state(own, latents.shape[1], place / f"snapshot-{step}")) for step in snapshots)
+        trials.append(Trial(method, own, quantizer, **latent_scores(quantizer, latents[-held_out:]), snapshots=states))
+    return trials
+
+
+def fit_methods(
+    settings: QuantizerSettings,
+    latents: Tensor,
+    folder: str | Path,
+    rates_nearest: Sequence[float],
+    rates_attention: Sequence[float],
+    entropy_weights: Sequence[float],
+    seeds: Sequence[int] = (0,),
+    snapshots: Sequence[int] = (),
+) -> list[Trial]:
+    """Sweep every method of `METHODS` with the first seed; then its best and the paper's setting with the other seeds.
+
+    Args:
+        settings: all but the kind, the learning rate, the entropy weight and the seed; a method without residual levels
+            has the last of its scales alone.
+        entropy_weights: of attention; the nearest neighbour has none.
+        snapshots: steps at which the methods of one level keep their state, with the first seed.
+    Raises:
+        ValueError: the paper's setting is not among the trials.
+    """
+    trials = []
+    for method, (kind, residual) in METHODS.items():
+        own = replace(settings, kind=kind, scales=settings.scales if residual else settings.scales[-1:], seed=seeds[0])
+        rates, weights = (rates_attention, entropy_weights) if kind == "attention" else (rates_nearest, (0.0,))
+        place = Path(folder) / "".join(letter if letter.isalnum() else "-" for letter in method).strip("-")
+        tried = sweep(method, own, latents, place, rates, weights, () if residual else snapshots)
+        trials += tried
+        again = {(t.settings.learning_rate, t.settings.entropy_weight) for t in (best(tried), paper_setting(tried))}
+        for seed, (rate, weight) in itertools.product(seeds[1:], sorted(again)):
+            trials += sweep(method, replace(own, seed=seed), latents, place, [rate], [weight])
+    return trials
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The trial of the lowest quantization error on the held-out latents."""
+    return min(trials, key=lambda trial: trial.quantization_error)
+
+
+def paper_setting(trials: Sequence[Trial]) -> Trial:
+    """The first trial at the paper's learning rate (5e-4) and, for attention, the release's entropy weight (0.05).
+
+    Raises ValueError where the sweep left it out.
+    """
+    for trial in trials:
+        weight = (
+            QuantizerSettings.entropy_weight if trial.settings.kind == "attention" else trial.settings.entropy_weight
+        )
+        if (trial.settings.learning_rate, trial.settings.entropy_weight) == (QuantizerSettings.learning_rate, weight):
+            return trial
+    tried = [(trial.settings.learning_rate, trial.settings.entropy_weight) for trial in trials]
+    raise ValueError(
+        f"the sweep tried (learning rate, entropy weight) {tried}, expected the paper's "
+        f"({QuantizerSettings.learning_rate}, {QuantizerSettings.entropy_weight}) among them"
+    )
+
+
+def chosen(trials: Sequence[Trial], method: str, setting: str) -> list[Trial]:
+    """The trials of a METHOD at `BEST` or at `PAPER`, one a seed; both are chosen with the first seed alone."""
+    own = [trial for trial in trials if trial.method == method]
+    if not own:
+        raise ValueError(f"no trial of {method!r} is here, expected one of {sorted({t.method for t in trials})}")
+    first = [trial for trial in own if trial.settings.seed == own[0].settings.seed]
+    model = {BEST: best, PAPER: paper_setting}[setting](first)
+    return [trial for trial in own if replace(trial.settings, seed=0) == replace(model.settings, seed=0)]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+def save_trials(trials: Sequence[Trial], folder: str | Path, vae: str) -> None:
+    """Write the trials, and the name of the VAE whose latents they quantize, as FOLDER, replacing what was there."""
+    folder, partial = Path(folder), Path(f"{folder}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    rows = []
+    for number, trial in enumerate(trials):
+        states = {"": trial.quantizer} | {f"-step-{step}": state for step, state in trial.snapshots}
+        for mark, quantizer in states.items():
+            partial.mkdir(parents=True, exist_ok=True)
+            tensors = {name: value.detach().cpu().contiguous() for name, value in quantizer.state_dict().items()}
+            save_file(tensors, partial / f"{number:03d}{mark}.safetensors")
+        scores = {"quantization_error": trial.quantization_error, "utilization": trial.utilization}
+        steps = [step for step, _ in trial.snapshots]
+        rows.append({"method": trial.method, "settings": asdict(trial.settings), **scores, "snapshots": steps})
+    channels = trials[0].quantizer.latent_channels
+    write_json(partial / TRIALS, {"vae": vae, "latent_channels": channels, "trials": rows})
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def load_trials(folder: str | Path) -> tuple[list[Trial], str]:
+    """The trials that `save_trials` wrote, in the same order, and their VAE; FOLDER may be an embedded name, "emoji".
+
+    Raises ValueError where there are none.
+    """
+    folder = EMBEDDED_QUANTIZERS.get(str(folder), Path(folder))
+    if not (folder / TRIALS).exists():
+        raise ValueError(f"{folder} holds no {TRIALS}: expected a folder that the notebook 01_fit_quantizers wrote")
+    contents, trials = read_json(folder / TRIALS), []
+    for number, row in enumerate(contents["trials"]):
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in row["settings"].items()}
+        settings = QuantizerSettings(**values)
+        state = [
+            _with_state(settings, contents["latent_channels"], folder / f"{number:03d}{mark}")
+            for mark in ("", *(f"-step-{step}" for step in row["snapshots"]))
+        ]
+        snapshots = tuple(zip(row["snapshots"], state[1:], strict=True))
+        scores = (row["quantization_error"], row["utilization"])
+        trials.append(Trial(row["method"], settings, state[0], *scores, snapshots=snapshots))
+    return trials, contents["vae"]
+
+
+def _with_state(settings: QuantizerSettings, channels: int, file: Path) -> ResidualQuantizer:
+    """A quantizer of these settings with the weights of FILE.safetensors, frozen."""
+    with torch.random.fork_rng(devices=[]):  # fresh weights that are overwritten: the caller's randomness stays
+        quantizer = settings.build_quantizer(channels)
+    quantizer.load_state_dict(load_file(f"{file}.safetensors"))
+    return quantizer.eval().requires_grad_(False)

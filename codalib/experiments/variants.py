@@ -1,0 +1,236 @@
+"""Tokenizers that are compared: of those that differ in one thing each (Table 4) and of other methods (Figure 1c)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from codalib.base.files import read_json, write_json
+from codalib.base.paths import runs_folder
+from codalib.experiments.ablation import BEST, PAPER
+from codalib.models.library_quantizers import LIBRARY_KINDS
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.training.settings import SCRATCH, TokenizerSettings
+from codalib.training.trainer import read_log
+
+BASE = "base"
+BUDGET = "VQGAN-style", "CODA"  # whose training budgets the paper compares
+VQ_BETA = 0.25  # of VQ's commitment term (arXiv:1711.00937)
+TABLES = {"adapters": "4a", "codebook_size": "4b", "norm": "4c"}  # what differs -> the table that compares it
+VARIANTS, GENERATORS = "variants.json", "generators.json"
+PETA = 1e15
+
+
+def tokenizer_variants(
+    settings: TokenizerSettings, halves: Sequence[str], codebook_sizes: Sequence[int], norms: Sequence[str | None]
+) -> dict[str, TokenizerSettings]:
+    """The tokenizers that Table 4 compares: "base" is SETTINGS, each other differs from it in one value.
+
+    Raises ValueError where a variant is the base itself.
+    """
+    variants = {BASE: settings}
+    for field, values in zip(TABLES, (halves, codebook_sizes, norms), strict=True):
+        for value in values:
+            if getattr(settings, field) == value:
+                raise ValueError(f"{field} {value!r} is asked for as a variant and is the base's own: leave it out")
+            variants[_name(field, value)] = replace(settings, **{field: value})
+    return variants
+
+
+def _name(field: str, value: Any) -> str:
+    return f"{field} {_word(value)}".replace("_", " ")
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def baseline_tokenizers(
+    settings: TokenizerSettings, kinds: Sequence[str], levels: int, longer: int
+) -> dict[str, TokenizerSettings]:
+    """CODA as SETTINGS have it, and what it is compared with, under one name each.
+
+    "VQGAN-style" is the VAE's own architecture, trained from random weights with one code a position
+    (arXiv:2012.09841), for LONGER times as many steps. The others quantize the frozen encoder's latents in their own
+    way and adapt the decoder alone: VQ with one code a position, and KINDS of `models.library_quantizers.LIBRARY_KINDS`
+    with LEVELS codes a position. "CODA, decoder adapted" is the same with CODA's quantizer.
+    """
+    if odd := [kind for kind in kinds if kind not in LIBRARY_KINDS]:
+        raise ValueError(f"baselines {odd} asked for, expected some of {', '.join(LIBRARY_KINDS)}")
+    side = settings.scales[-1:]
+    frozen = replace(settings, adapters="decoder")
+    nearest = {"kind": "nearest", "scales": side, "beta": VQ_BETA, "entropy_weight": 0.0}
+    return {
+        "CODA": settings,
+        "CODA, decoder adapted": frozen,
+        "VQGAN-style": replace(settings, adapters=SCRATCH, steps=longer * settings.steps, **nearest),
+        "VQ": replace(frozen, **nearest),
+    } | {LIBRARY_KINDS[kind]: replace(frozen, kind=kind, scales=side * levels, entropy_weight=0.0) for kind in kinds}
+
+
+def check_trials(learning_rates: Sequence[float], seeds: Sequence[int]) -> None:
+    """Raise ValueError for what `tried` cannot train with, before any work is done."""
+    if not learning_rates or min(learning_rates) <= 0:
+        raise ValueError(f"learning_rates is {list(learning_rates)}, expected one or more, all above 0")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {list(seeds)}, expected one or more, all different")
+
+
+def tried(
+    train: Callable[[float, int], dict[str, Any]],
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    score: str,
+    paper: float | None,
+) -> list[dict[str, Any]]:
+    """Train a method with every learning rate and the first seed; then its best and the paper's with the other seeds.
+
+    Args:
+        train: trains with a learning rate and a seed; returns a row with a number SCORE, of which the lowest is best.
+        paper: the paper's learning rate, which may be among the others; None: only the best is trained again.
+    Returns the rows, each with "settings": which of `BEST` and `PAPER` (`experiments.ablation`) it stands for, if any.
+    """
+    first = {rate: train(rate, seeds[0]) for rate in learning_rates}
+    best = min(first, key=lambda rate: first[rate][score])
+    settings = {rate: [name for name, own in ((BEST, best), (PAPER, paper)) if own == rate] for rate in first}
+    again = [(rate, seed) for rate in first for seed in seeds[1:] if settings[rate]]
+    rows = [*first.items(), *((rate, train(rate, seed)) for rate, seed in again)]
+    return [row | {"settings": settings[rate]} for rate, row in rows]
+
+
+def variant_row(name: str, settings: TokenizerSettings, tokenizer: str | Path) -> dict[str, Any]:
+    """One trained variant, for `write_variants`; `tokenizer` is its folder, relative to theirs."""
+    row = {"method": name, "seed": settings.seed, "learning_rate": settings.learning_rate, "tokenizer": str(tokenizer)}
+    return row | {field: getattr(settings, field) for field in TABLES}
+
+
+def write_variants(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
+    """Write the list of a folder's variants, for `table_4_rows`."""
+    write_json(Path(folder) / VARIANTS, list(rows))
+
+
+def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
+    """What each row of Tables 4a, 4b and 4c is measured on.
+
+    The base stands in each table, under its own value.
+
+    Args:
+        folder: what the notebook 01_train_variants wrote, below `runs_folder()`; None: the embedded tokenizer, which
+            is one row of each table.
+    Returns rows of "table", "method", "setting" (`BEST` or `PAPER`), "learning_rate" (None where it is not known),
+    "seed", "tokenizer" (its path).
+    """
+    if folder is None:
+        embedded = CodaTokenizer.from_pretrained("emoji")
+        own = {"adapters": embedded.vae.adapter_settings["where"]}
+        own |= {field: embedded.quantizer.config()[field] for field in ("codebook_size", "norm")}
+        rows = [{"method": BASE, "settings": [BEST], "learning_rate": None, "seed": 0, "tokenizer": "emoji"} | own]
+    else:
+        rows = _read(folder)
+    return [
+        {"table": table, "method": _word(row[field]), "setting": setting}
+        | {name: row[name] for name in ("learning_rate", "seed", "tokenizer")}
+        for setting in (BEST, PAPER)
+        for field, table in TABLES.items()
+        for row in rows
+        if row["method"] in (BASE, _name(field, row[field])) and setting in row["settings"]
+    ]
+
+
+def pixel_error(log: Sequence[dict[str, float]], settings: TokenizerSettings) -> float:
+    """The mean weighted L1 and L2 of the last tenth of a training log: what the trials of a method are chosen by."""
+    values = [settings.l1_weight * row["l1"] + settings.l2_weight * row["l2"] for row in log if "l1" in row]
+    last = values[-max(1, len(values) // 10) :]
+    return sum(last) / len(last)
+
+
+def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:
+    """The tokenizers of `baseline_tokenizers` that 01_train_baselines trained: one row a method and seed.
+
+    Args:
+        folder: what that notebook wrote, below `runs_folder()`; None: the embedded tokenizer alone.
+        setting: those that stand for `BEST` or for `PAPER`.
+    Returns rows of "method", "seed", "tokenizer" (its path), "tokens", "codebook_size", and where it was trained here
+    "learning_rate", "steps", "seconds", "petaflop" (10^15 operations of its training).
+    """
+    if folder is None:
+        quantizer = CodaTokenizer.from_pretrained("emoji").quantizer
+        size = {"tokens": quantizer.tokens, "codebook_size": quantizer.codebook_size}
+        return [{"method": "CODA", "seed": 0, "tokenizer": "emoji"} | size]
+    rows = [row for row in _read(folder) if setting in row["settings"]]
+    kept = ("method", "seed", "tokens", "codebook_size", "tokenizer", "learning_rate", "steps", "seconds")
+    return [
+        {name: row[name] for name in kept} | {"petaflop": row["operations_a_step"] * row["steps"] / PETA}
+        for row in rows
+    ]
+
+
+def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:
+    """The validations during training of the tokenizers of `baseline_rows`, none where FOLDER is None.
+
+    Rows of "method", "seed", "steps" and "petaflop" so far, and "val_psnr".
+    """
+    return (
+        []
+        if folder is None
+        else [
+            {"method": row["method"], "seed": row["seed"], "steps": line["step"], "val_psnr": line["val_psnr"]}
+            | {"petaflop": row["operations_a_step"] * line["step"] / PETA}
+            for row in _read(folder)
+            if setting in row["settings"]
+            for line in read_log(Path(row["tokenizer"]).parent)
+            if "val_psnr" in line
+        ]
+    )
+
+
+def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tuple[list[float], bool]:
+    """How many times the steps of FAST the method SLOW takes to the final PSNR of FAST, seed by seed.
+
+    The curve is straight between its points. Returns the ratios, and whether all were reached: where one was not, the
+    last step of SLOW stands for it, a lower bound.
+    """
+    ratios, reached = [], True
+    for seed in sorted({row["seed"] for row in curves}):
+        quick, long = (
+            sorted((row["steps"], row["val_psnr"]) for row in curves if (row["method"], row["seed"]) == (name, seed))
+            for name in (fast, slow)
+        )
+        if not quick or not long:
+            continue
+        wanted = quick[-1][1]
+        step = next((step for step, value in long if value >= wanted), None)
+        if step is None:
+            reached, step = False, long[-1][0]
+        else:
+            place = [at for at, _ in long].index(step)
+            if place:
+                (before, low), (after, high) = long[place - 1], long[place]
+                step = before + (after - before) * (wanted - low) / (high - low)
+        ratios.append(step / quick[-1][0])
+    return ratios, reached
+
+
+def write_generators(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
+    """Write the list of generators that differ in their tokenizer, for `generator_rows`.
+
+    Rows of `tried` with "method", "tokenizer" (as `models.checkpoints.find_model` takes it), "generator" (below
+    FOLDER).
+    """
+    named = [row | {"generator": str(Path(row["generator"]).relative_to(folder))} for row in rows]
+    write_json(Path(folder) / GENERATORS, named)
+
+
+def generator_rows(folder: str) -> list[dict[str, Any]]:
+    """What 02_compare_tokenizers wrote below `runs_folder()`, as `write_generators` got it, the judged method first."""
+    place = runs_folder(folder)
+    if not (place / GENERATORS).exists():
+        raise ValueError(f"{place} holds no {GENERATORS}: expected the folder of 02_compare_tokenizers")
+    return [row | {"generator": str(place / row["generator"])} for row in read_json(place / GENERATORS)]
+
+
+def _read(folder: str) -> list[dict[str, Any]]:
+    place = runs_folder(folder)
+    if not (place / VARIANTS).exists():
+        raise ValueError(f"{place} holds no {VARIANTS}: expected the folder of 01_train_variants or 01_train_baselines")
+    return [row | {"tokenizer": str(place / row["tokenizer"])} for row in read_json(place / VARIANTS)]

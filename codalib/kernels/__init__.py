@@ -1,0 +1,1 @@
+"""Softmax assignment and a linear head's cross-entropy without tokens x codes in memory."""

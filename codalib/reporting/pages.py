@@ -1,0 +1,190 @@
+"""HTML pages that stand alone: one file each, no request to anywhere, readable on a phone, light and dark."""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+from bs4 import BeautifulSoup
+from latex2mathml.converter import convert as latex_to_mathml
+from nbconvert.exporters import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from pygments.formatters import HtmlFormatter
+from traitlets.config import Config
+
+TEMPLATES = Path(__file__).with_name("templates")
+PROGRESS_BAR = re.compile(r"\d+%\|")
+CURSOR = re.compile(r"\x1b\[\d*[A-K]")  # what nested progress bars say to a terminal
+CODE_STYLES = {"light": "default", "dark": "github-dark"}
+
+
+# What a page can show without a running kernel; widgets and scripts are left out.
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+class _MathRenderer(IPythonRenderer):
+    """Markdown with formulas as MathML, which browsers draw themselves."""
+
+    def inline_math(self, body: str) -> str:
+        return mathml(body, "inline")
+
+    def block_math(self, body: str) -> str:
+        return mathml(body, "block")
+
+    def latex_environment(self, name: str, body: str) -> str:
+        return mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
+
+
+def mathml(formula: str, display: str) -> str:
+    """A LaTeX formula as MathML, DISPLAY "inline" or "block"; one that cannot be read raises ValueError with it."""
+    try:
+        drawn = latex_to_mathml(formula.strip(), display=display).replace(r"\_", "_")
+    except Exception as error:  # the converter raises a class of its own for each kind of fault
+        raise ValueError(f"The formula {formula.strip()!r} cannot be turned into MathML: {error!r}.") from error
+    # Browsers do not scroll MathML itself: what holds it scrolls, so that a long formula does not widen a phone's page.
+    return f'<span class="formula">{drawn}</span>' if display == "block" else drawn
+
+
+def markdown(text: str) -> str:
+    """Markdown with $formulas$ as HTML."""
+    renderer = _MathRenderer(escape=False, exclude_anchor_links=True)
+    return MarkdownWithMath(renderer=renderer).render(text)
+
+
+def figure(png: bytes | Path, caption: str, alt: str) -> str:
+    """A PNG with its caption and the text that stands for it where it cannot be seen."""
+    data = png.read_bytes() if isinstance(png, Path) else png
+    source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
+    return f'<figure><img src="{source}" alt="{html.escape(alt)}"><figcaption>{inline(caption)}</figcaption></figure>'
+
+
+def inline(text: str) -> str:
+    """One line of Markdown as HTML, without the paragraph around it."""
+    return re.sub(r"^<p>(.*)</p>$", r"\1", markdown(text).strip(), flags=re.DOTALL)
+
+
+def table(
+    frame: pd.DataFrame,
+    caption: str = "",
+    prose: Sequence[str] = (),
+    markup: Sequence[str] = (),
+    classes: Sequence[str] = (),
+) -> str:
+    """A table in a box that scrolls inside itself.
+
+    Args:
+        frame: cells are shown as they are, so numbers are formatted before; missing ones become a dash.
+        prose: columns of sentences, which wrap.
+        markup: columns whose cells are HTML already.
+        classes: one CSS class per row, "" for none.
+    """
+    kinds = {name: _kind(frame[name], name in prose) for name in frame.columns}
+    head = "".join(f'<th class="{kinds[name]}" scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
+    rows = []
+    for number, row in enumerate(frame.itertuples(index=False)):
+        cells = "".join(
+            f'<td class="{kinds[name]}">{_cell(cell, name in markup)}</td>'
+            for name, cell in zip(frame.columns, row, strict=True)
+        )
+        rows.append(f'<tr class="{classes[number] if classes else ""}">{cells}</tr>'.replace(' class=""', ""))
+    caption = f"<caption>{inline(caption)}</caption>" if caption else ""
+    body = "\n".join(rows)
+    return (
+        '<div class="scroll" tabindex="0">'  # focusable, so that the keyboard can scroll it
+        f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _kind(column: pd.Series, prose: bool) -> str:
+    if prose:
+        return "prose"
+    numbers = column.dropna().map(lambda cell: bool(re.match(r"^[-\u2212+]?[\d.,]+\s?\S{0,3}$", str(cell))))
+    return "" if len(numbers) and numbers.all() else "text"
+
+
+def _cell(cell: object, markup: bool) -> str:
+    if pd.isna(cell) or cell == "":
+        return "–"  # noqa: RUF001 an en dash for a number that is not there
+    return str(cell) if markup else html.escape(str(cell))
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+def page(title: str, body: str, home: str = "", footer: str = "", home_text: str = "All results") -> str:
+    """BODY as a whole page with a table of contents made of its second- and third-level headings."""
+    soup = BeautifulSoup(body, "html.parser")
+    contents, taken = [], set()
+    for heading in soup.find_all(["h2", "h3"]):
+        name = re.sub(r"\W+", "-", heading.get_text().lower()).strip("-") or "section"
+        while name in taken:
+            name += "-"
+        taken.add(name)
+        heading["id"] = name
+        contents.append({"id": name, "level": heading.name[1], "text": heading.get_text()})
+    for frame in soup.find_all("table"):
+        if not frame.find_parent(class_="scroll"):
+            frame.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
+    for scoped in soup.select("main style, div > style[scoped]"):  # pandas' own borders
+        scoped.decompose()
+    template = jinja2.Template((TEMPLATES / "page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        title=title,
+        body=str(soup),
+        contents=contents if len(contents) > 1 else [],
+        home=home,
+        home_text=home_text,
+        footer=footer,
+        style=_style(),
+        script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
+    )
+
+
+def _style() -> str:
+    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in CODE_STYLES.values())
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    plain = ".highlight, .highlight pre { background: var(--panel); }"
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n{style}\n{plain}"
+
+
+def notebook_page(notebook: nbformat.NotebookNode, name: str, home: str = "", footer: str = "") -> str:
+    """An executed notebook as a page: its text, its code folded, its outputs without progress bars.
+
+    Links to other notebooks become links to their pages.
+
+    Args:
+        notebook: as read by nbformat, version 4.
+        name: the page's title where the notebook has no first-level heading.
+        home: a link back, relative to the page.
+    """
+    exporter = HTMLExporter(
+        config=Config({"NbConvertBase": {"display_data_priority": SHOWN}}),
+        extra_template_basedirs=[str(TEMPLATES)],
+        template_name="notebook",
+        filters={"markdown2html": markdown},
+    )
+    body, _ = exporter.from_notebook_node(_without_progress(notebook))
+    body = re.sub(r'href="([\w-]+)\.ipynb"', r'href="\1.html"', body)
+    heading = BeautifulSoup(body, "html.parser").find("h1")
+    return page(heading.get_text() if heading else name, body, home, footer)
+
+
+def _without_progress(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy whose text streams hold what a terminal would show at the end, without progress bars."""
+    notebook = nbformat.from_dict(notebook)
+    for cell in notebook.cells:
+        outputs = []
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                text = CURSOR.sub("", output.text)
+                lines = [line.rsplit("\r", 1)[-1] for line in text.rstrip("\r").split("\n")]
+                output.text = "\n".join(line for line in lines if not PROGRESS_BAR.search(line))
+                if not output.text.strip():
+                    continue
+            outputs.append(output)
+        if "outputs" in cell:
+            cell.outputs = outputs
+    return notebook

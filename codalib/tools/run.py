@@ -1,0 +1,61 @@
+"""Run one notebook, or every stage of a profile: `codalib run [notebooks/NAME.ipynb] --profile PROFILE`."""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from codalib.base.paths import project_folder, reports_folder, runs_folder
+from codalib.workflow.execute import execute, keep_checked_outputs
+from codalib.workflow.profiles import StageError, profile_path
+
+log = logging.getLogger(__name__)
+
+
+def run_profile(profile: str) -> int:
+    """Every stage of a profile that is not up to date, in Snakemake's order; returns its exit status.
+
+    A lock of Snakemake's own would outlive a killed run; `workflow.execute` holds one a notebook that does not.
+    """
+    profile_path(profile)  # an unknown one stops here, with the known ones named
+    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--nolock", "--rerun-incomplete"]
+    command += ["--quiet", "rules", "host", "reason", "--config", f"profile={profile}"]
+    status = subprocess.run(command, cwd=project_folder(), check=False).returncode
+    if not status:
+        log.info("The results: %s", os.path.relpath(reports_folder(profile) / "index.html"))
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="codalib run", description=__doc__)
+    parser.add_argument("notebook", type=Path, nargs="?", help="one notebook; without it every stage of the profile")
+    parser.add_argument("--profile", default="smoke", help="a name in profiles/ (smoke)")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, as YAML"
+    )
+    parser.add_argument("--keep-checked", action="store_true", help="then put the checked cells' outputs into NOTEBOOK")
+    options = parser.parse_args(arguments)
+    if options.notebook is None and (options.p or options.keep_checked):
+        parser.error("-p and --keep-checked are for one notebook, expected its path")
+    if options.keep_checked and (options.profile != "smoke" or options.p):
+        parser.error("--keep-checked is for the notebook's own defaults, expected the profile smoke and no -p")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    os.environ.setdefault("TQDM_MININTERVAL", "1")
+    try:
+        if options.notebook is None:
+            return run_profile(options.profile)
+        page = execute(options.notebook, options.profile, {name: yaml.safe_load(value) for name, value in options.p})
+    except (StageError, OSError) as error:
+        log.error("%s", error)
+        return getattr(error, "status", 1)
+    if options.keep_checked:
+        keep_checked_outputs(options.notebook, runs_folder(options.profile) / options.notebook.name)
+    log.info("page: %s", page)
+    return 0

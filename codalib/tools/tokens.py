@@ -1,0 +1,84 @@
+"""Images to tokens and back: `codalib encode DATASET --tokenizer NAME --out FOLDER`, `codalib decode FOLDER ...`."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from codalib.base.files import atomic_write
+from codalib.base.hardware import compute_device
+from codalib.base.processes import launch
+from codalib.datasets.images import SPLITS, DataError
+from codalib.datasets.token_cache import TokenCache, cache_dataset, tokenizer_hash
+from codalib.models.checkpoints import find_model, load_tokenizer
+from codalib.models.maskgit import split_levels
+from codalib.reporting.display import png, to_bytes
+
+log = logging.getLogger(__name__)
+
+
+def encode(arguments: Sequence[str] | None = None) -> int:
+    """Encode a data set's images into a folder of shards; goes on where an interrupted call stopped."""
+    parser = _parser("encode", encode.__doc__)
+    parser.add_argument("dataset", help='"emoji", imagefolder:PATH, folder:PATH or coco:PATH')
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--limit", type=int, help="images, evenly spread (all)")
+    parser.add_argument("--views", type=int, default=1, help="times that each image is encoded, with noise of its own")
+    parser.add_argument("--processes", type=int, default=1, help="on this machine, one a GPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes")
+    parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise")
+    given = parser.parse_args(arguments)
+    settings = {"views": given.views, "seed": given.seed, "batch_size": given.batch_size, "workers": given.workers}
+    work = partial(cache_dataset, limit=given.limit, **settings)
+    try:
+        launch(work, given.processes, find_model(given.tokenizer), given.dataset, given.split, given.out)
+        cache = TokenCache.open(given.out)
+    except (DataError, ValueError, OSError) as error:
+        return _failed(error)
+    log.info("%s: %d images of %d tokens, %d codes", given.out, len(cache), cache.indices.shape[1], cache.codebook_size)
+    return 0
+
+
+def decode(arguments: Sequence[str] | None = None) -> int:
+    """Decode a folder of `codalib encode` into PNG files, IMAGE-VIEW.png."""
+    parser = _parser("decode", decode.__doc__)
+    parser.add_argument("tokens", type=Path, help="folder of `codalib encode`")
+    parser.add_argument("--levels", type=int, help="decode the first levels alone (all)")
+    parser.add_argument("--limit", type=int, help="images, the first ones (all)")
+    given = parser.parse_args(arguments)
+    try:
+        tokenizer = load_tokenizer(find_model(given.tokenizer))
+        cache = TokenCache.open(given.tokens, tokenizer_hash(tokenizer))
+        tokenizer.to(compute_device())
+        rows = range(len(cache))[: given.limit]
+        for start in tqdm(range(0, len(rows), given.batch_size), desc="decoding", mininterval=2.0):
+            own = rows[start : start + given.batch_size]
+            levels = split_levels(cache.batch(own)["tokens"].to(compute_device()), cache.scales)
+            with torch.inference_mode():
+                images = tokenizer.decode(levels, given.levels)
+            for row, image in zip(own, images, strict=True):
+                with atomic_write(given.out / f"{cache.image[row]:08d}-{cache.view[row]}.png", "wb") as file:
+                    file.write(png(to_bytes(image)))
+    except (ValueError, OSError) as error:
+        return _failed(error)
+    log.info("%s: %d images", given.out, len(rows))
+    return 0
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"codalib {command}", description=description)
+    parser.add_argument("--tokenizer", required=True, help='"emoji", "emoji-small", a folder of ours or of the release')
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return parser
+
+
+def _failed(error: Exception) -> int:
+    log.error("%s", error)
+    return 1

@@ -1,0 +1,1 @@
+"""Settings, the trainer, and the stages: VAE, quantizer, tokenizer, MaskGIT."""

@@ -1,0 +1,211 @@
+"""The generator's training stage: MaskGIT on cached tokens, by class or by caption (Eq. 12 of arXiv:2503.17760)."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from codalib.base.processes import make_accelerator
+from codalib.base.seeds import sample_generators
+from codalib.datasets.text import CaptionTable, TextEncoder, build_text_encoder
+from codalib.datasets.token_cache import TokenCache
+from codalib.models.maskgit import Condition, MaskGIT, sample_mask
+from codalib.training.settings import MaskGITSettings
+from codalib.training.trainer import Loop, autocast
+
+log = logging.getLogger(__name__)
+SCORED_ROWS = 16_384  # hidden tokens whose logits are held at once in validation
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for the linear layers' matrices alone."""
+    matrices = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if name in matrices], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
+    ]
+
+
+def train_maskgit(
+    settings: MaskGITSettings,
+    train: TokenCache,
+    val: TokenCache,
+    folder: str | Path,
+    encoder: TextEncoder | None = None,
+    start: MaskGIT | None = None,
+) -> MaskGIT:
+    """Train a generator on cached tokens, resuming what `folder` holds, and return it with averaged weights, frozen.
+
+    Logs `loss` (with label smoothing) and at every evaluation what `measures_from` names. Every process takes its share
+    of a step and of the validation; the processes' losses are averaged as they are, though each hides another number
+    of tokens.
+
+    Args:
+        train, val: of one tokenizer; `val` gives the validation loss alone.
+        encoder: the captions', with `condition="text"`; frozen, on the device that is to encode.
+        start: go on from this model's weights: of the settings' size and the same tokenizer. Where its condition is of
+            another kind (classes, and now captions), what reads the condition starts anew.
+    Raises:
+        ValueError: caches of two tokenizers, no encoder for text, or a start that does not fit.
+        NonFiniteLoss: the loss is not finite.
+    """
+    if train.tokenizer != val.tokenizer:
+        raise ValueError(
+            f"the training tokens are of the tokenizer {train.tokenizer} and the validation tokens of {val.tokenizer}, "
+            "expected the same: encode both with one"
+        )
+    if (settings.condition == "text") != (encoder is not None):
+        raise ValueError(
+            f"condition is {settings.condition!r} and {'no' if encoder is None else 'a'} text encoder is given, "
+            "expected an encoder with 'text' and only then"
+        )
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator()
+    model = settings.build_model(train, None if encoder is None else encoder.dim)
+    if start is not None:
+        _take_weights(model, start, train.tokenizer)
+    model.info = {
+        "tokenizer": train.tokenizer,
+        "classes": train.classes,
+        "dataset": train.manifest["dataset"],
+        "text_encoder": None if encoder is None else encoder.name,
+    }
+    model.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), settings.learning_rate, settings.betas
+    )
+    captions = None
+    if encoder is not None:
+        captions = CaptionTable(encoder, (caption for own in (*train.captions, *val.captions) for caption in own))
+    parallel = accelerator.prepare(model)
+    loop = Loop(
+        settings,
+        folder,
+        accelerator,
+        model,
+        {"generator": optimizer},
+        tokens=[train.fingerprint, val.fingerprint],
+        encoder=None if encoder is None else encoder.name,
+        start=None if start is None else [float(p.double().abs().sum()) for p in start.parameters()],
+    )
+
+    def condition_of(batch: dict[str, Any]) -> Condition:
+        return condition_from(settings.condition, batch["label"], batch["caption"], captions, accelerator.device)
+
+    def batches(first: int):
+        return train.batches(
+            settings.batch_size, settings.seed, first, accelerator.process_index, accelerator.num_processes
+        )
+
+    def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
+        for i, batch in enumerate(micro_batches):
+            tokens = batch["tokens"].to(accelerator.device)
+            mask = sample_mask(len(tokens), model.scales, settings.mask_ratio, settings.coarse_first).to(tokens.device)
+            dropped = (torch.rand(len(tokens)) < settings.condition_dropout).to(tokens.device)
+            with autocast(settings.precision, accelerator.device):
+                loss = parallel(tokens, mask, condition_of(batch), dropped, settings.label_smoothing)
+            loop.update(loss, {"loss": loss}, "generator", list(model.parameters()), i == len(micro_batches) - 1)
+        return {"loss": loss.detach()}
+
+    def evaluate() -> dict[str, float]:
+        share = accelerator.process_index, accelerator.num_processes
+        model.eval()
+        with autocast(settings.precision, accelerator.device):
+            sums = validation_sums(model, val, condition_of, settings.batch_size, settings.seed, *share)
+        model.train()
+        return measures_from(accelerator.reduce(sums.to(accelerator.device), "sum").cpu())
+
+    loop.run(batches, train_step, evaluate, "MaskGIT")
+    loop.load_averaged()
+    return model.eval().requires_grad_(False)
+
+
+def _take_weights(model: MaskGIT, start: MaskGIT, tokenizer: str) -> None:
+    """Give MODEL the weights of START, but for the parts of a condition that START has not."""
+    if start.info.get("tokenizer") != tokenizer:
+        raise ValueError(
+            f"the given model's tokens are of the tokenizer {start.info.get('tokenizer')}, the cache's of {tokenizer}, "
+            "expected the same: start from a model of this tokenizer, or without one"
+        )
+    free = {"num_classes", "text_dim", "dropout"}
+    theirs, ours = ({k: v for k, v in m.config().items() if k not in free} for m in (start, model))
+    if theirs != ours:
+        odd = ", ".join(f"{name} {theirs[name]} and {ours[name]}" for name in ours if theirs[name] != ours[name])
+        raise ValueError(f"the given model and the settings differ in {odd}: expected the same, see its config.json")
+    state = model.state_dict()
+    fitting = {k: v for k, v in start.state_dict().items() if k in state and v.shape == state[k].shape}
+    model.load_state_dict(state | fitting)
+
+
+def train_and_save(
+    settings: MaskGITSettings,
+    train: str | Path,
+    val: str | Path,
+    folder: str | Path,
+    encoder: str | None = None,
+    start: str | Path | None = None,
+    dtype: str = "float16",
+) -> None:
+    """`train_maskgit` on the caches TRAIN and VAL, saved as FOLDER/generator; for `base.processes.launch`.
+
+    `encoder` is what `datasets.text.build_text_encoder` takes, `start` what `MaskGIT.from_pretrained` takes, `dtype`
+    how the weights are stored.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    text = None if encoder is None else build_text_encoder(encoder).to(state.device)
+    first = None if start is None else MaskGIT.from_pretrained(start)
+    model = train_maskgit(settings, TokenCache.open(train), TokenCache.open(val), folder, text, first)
+    if state.is_main_process:
+        model.save_pretrained(Path(folder) / "generator", dtype)
+    state.wait_for_everyone()
+
+
+def condition_from(
+    kind: str, labels: Tensor, captions: list[str], table: CaptionTable | None, device: torch.device
+) -> Condition:
+    """The condition of some images as the model takes it: their labels, their captions' embeddings, or None."""
+    if kind == "class":
+        return labels.to(device)
+    return None if kind == "none" else table.condition(captions, device)
+
+
+@torch.no_grad()
+def validation_sums(
+    model: MaskGIT, cache: TokenCache, condition_of, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
+) -> Tensor:
+    """Sums over a cache's first view that `measures_from` turns into measures: (levels, 3) float64, on the CPU.
+
+    For each level: the cross-entropy (nats, without label smoothing), how many tokens are right, how many were hidden.
+    Which tokens of an image are hidden (cosine) depends on the seed and the image alone. Process `rank` of `world`
+    takes every world-th row.
+    """
+    device = model.positions.device
+    sums = torch.zeros(len(model.scales), 3, dtype=torch.float64)
+    rows = [int(row) for row in (cache.view == 0).nonzero()[0]][rank::world]
+    for begin in range(0, len(rows), batch_size):
+        batch = cache.batch(rows[begin : begin + batch_size])
+        masks = [
+            sample_mask(1, model.scales, generator=own) for own in sample_generators(seed, batch["index"].tolist())
+        ]
+        tokens, mask = batch["tokens"].to(device), torch.cat(masks).to(device)
+        hidden = model.hidden(tokens.masked_fill(mask, model.mask_token), condition_of(batch))[mask]  # (M, D)
+        targets, levels = tokens[mask], model.token_levels.expand_as(tokens)[mask]
+        for part in torch.arange(len(targets), device=device).split(max(1, SCORED_ROWS)):
+            logits = model.logits(hidden[part]).float()  # (M, K)
+            loss = nn.functional.cross_entropy(logits, targets[part], reduction="none")
+            scores = torch.stack([loss, (logits.argmax(dim=1) == targets[part]).float(), torch.ones_like(loss)], dim=1)
+            sums.index_add_(0, levels[part].cpu(), scores.double().cpu())
+    return sums
+
+
+def measures_from(sums: Tensor) -> dict[str, float]:
+    """`val_loss` (nats a hidden token), `val_accuracy`, and both `_level_1`, ... for the levels that hid a token."""
+    loss, right, hidden = sums.sum(0).tolist()
+    measures = {"val_loss": loss / hidden, "val_accuracy": right / hidden}
+    for name, column in (("val_loss", 0), ("val_accuracy", 1)):
+        measures |= {f"{name}_level_{i + 1}": (row[column] / row[2]).item() for i, row in enumerate(sums) if row[2] > 0}
+    return measures

@@ -1,0 +1,137 @@
+"""Pretrain a continuous VAE: the stage behind the embedded default, and for whoever has no VAE of their own."""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from codalib.base.processes import make_accelerator
+from codalib.datasets.images import ImageDataset, evaluation_batches, training_batches
+from codalib.evaluation.metrics import psnr
+from codalib.models.losses import (
+    LossWeights,
+    kl_divergence,
+    reconstruction_terms,
+    weighted_sum,
+)
+from codalib.models.vae import ContinuousVAE
+from codalib.training.settings import PretrainSettings
+from codalib.training.trainer import Loop, _checksum, autocast
+
+INITIAL_LOGVAR = -6.0  # of the posterior: sampling noise far below the latents' spread, so that early steps learn
+
+
+def build_autoencoder(settings: PretrainSettings, resolution: int) -> AutoencoderKL:
+    """A diffusers AutoencoderKL of these settings with a posterior that starts narrow."""
+    levels = len(settings.widths)
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=settings.widths,
+        layers_per_block=settings.blocks,
+        latent_channels=settings.latent_channels,
+        norm_num_groups=settings.groups,
+        sample_size=resolution,
+        scaling_factor=1.0,
+    )
+    with torch.no_grad():
+        autoencoder.quant_conv.bias[settings.latent_channels :] = INITIAL_LOGVAR
+    return autoencoder
+
+
+class _Posterior(nn.Module):
+    """Encode, sample, decode and keep the posterior's moments: one forward for the process group."""
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.autoencoder.encode(images).latent_dist
+        return self.autoencoder.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
+
+
+def pretrain_vae(
+    settings: PretrainSettings,
+    train: ImageDataset,
+    val: ImageDataset,
+    folder: str | Path,
+    start: ContinuousVAE | None = None,
+) -> ContinuousVAE:
+    """Train a continuous VAE on L1, L2 and KL, resuming what `folder` holds, and return it with its latent scale set.
+
+    The scale is 1 / std of the training latents, so that normalised latents have unit variance (the paper's VAEs bring
+    theirs along). Logs the terms and, at every evaluation, `val_psnr` in dB over `val`. With `start` it goes on from
+    that VAE's weights, whose architecture then replaces the settings'.
+    """
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator()
+    autoencoder = build_autoencoder(settings, train.resolution) if start is None else copy.deepcopy(start.autoencoder)
+    model = _Posterior(autoencoder.train().requires_grad_(True)).to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+    )
+    parallel = accelerator.prepare(model)
+    loop = Loop(
+        settings,
+        folder,
+        accelerator,
+        model,
+        {"VAE": optimizer},
+        data=train.name,
+        images=len(train),
+        start=None if start is None else _checksum(*start.state_dict().values()),
+    )
+    weights = LossWeights(kl=settings.kl_weight)
+
+    def batches(first: int):
+        return training_batches(
+            train,
+            settings.batch_size,
+            settings.seed,
+            first,
+            accelerator.process_index,
+            accelerator.num_processes,
+            settings.workers,
+        )
+
+    def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
+        for i, batch in enumerate(micro_batches):
+            images = batch["image"].to(accelerator.device)
+            with autocast(settings.precision, accelerator.device):
+                reconstruction, mean, logvar = parallel(images)
+            terms = reconstruction_terms(images, reconstruction) | {"kl": kl_divergence(mean, logvar)}
+            loss = weighted_sum(terms, weights)
+            loop.update(loss, terms, "VAE", list(model.parameters()), last=i == len(micro_batches) - 1)
+        return terms | {"loss": loss}
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        vae = ContinuousVAE(model.autoencoder)
+        rows = [
+            psnr(batch["image"], vae(batch["image"].to(accelerator.device), sample=False).cpu())
+            for batch in evaluation_batches(val, settings.batch_size, workers=settings.workers)
+        ]
+        return {"val_psnr": torch.cat(rows).mean().item()}
+
+    loop.run(batches, train_step, evaluate, "VAE")
+    loop.load_averaged()
+    vae = ContinuousVAE(model.autoencoder).eval().requires_grad_(False)
+    vae.autoencoder.register_to_config(scaling_factor=1.0, shift_factor=None)  # of `start`, no longer true
+    vae.autoencoder.register_to_config(scaling_factor=1 / latent_std(vae, train, settings.batch_size))
+    return vae
+
+
+@torch.no_grad()
+def latent_std(vae: ContinuousVAE, dataset: ImageDataset, batch_size: int, batches: int = 32) -> float:
+    """The standard deviation of sampled latents over some seeded training images."""
+    device = next(vae.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    stream = training_batches(dataset, batch_size, seed=0)
+    return (
+        torch.cat([vae.encode(next(stream)["image"].to(device), generator=generator) for _ in range(batches)])
+        .std()
+        .item()
+    )

@@ -1,0 +1,1 @@
+"""Profiles, a notebook's parameters, a run's manifest, executing a notebook."""

@@ -1,0 +1,159 @@
+"""Run one notebook under a profile.
+
+The profile's section for the notebook is checked against the notebook's parameters cell before anything runs; papermill
+then runs it into `runs/PROFILE/NAME.ipynb`, its progress shown here, and the page goes to `reports/PROFILE/NAME.html`.
+"""
+
+import fcntl
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+
+from codalib.base.files import atomic_write
+from codalib.base.paths import reports_folder, runs_folder
+from codalib.reporting.pages import notebook_page
+from codalib.reporting.tables import clock
+from codalib.workflow.parameters import declared_parameters, validate
+from codalib.workflow.profiles import StageError, profile_section
+
+log = logging.getLogger(__name__)
+
+CHECKED = "nbval-check-output"
+DEAD_KERNEL = 138  # papermill's own exit status for a kernel that died
+SECONDS_BETWEEN_PROGRESS_LINES = 10
+# Text progress bars in the kernel: tqdm.auto looks for this widget and takes the text bar where it is not there.
+TEXT_PROGRESS = (
+    "import warnings, tqdm.notebook; tqdm.notebook.IProgress = None; "
+    "warnings.filterwarnings('ignore', message='IProgress not found')"
+)
+
+
+def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None) -> Path:
+    """Run the notebook PATH under PROFILE with the values GIVEN on top, and return its page.
+
+    A notebook with a parameter `output` writes to the folder PROFILE/NAME below `runs_folder()` unless told otherwise.
+    Wrong parameters, a failing cell and a dead kernel raise StageError.
+    """
+    name = path.stem
+    notebook = nbformat.read(path, as_version=4)
+    declared = declared_parameters(notebook)
+    output = {"output": f"{profile}/{name}"} if "output" in declared else {}
+    parameters = output | profile_section(profile, name) | dict(given or {})
+    try:
+        validate({key: hint for key, (hint, _) in declared.items()}, parameters)
+    except ValueError as error:
+        raise StageError(f"{path}, profile {profile}: {error}") from error
+
+    executed = runs_folder(profile) / path.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    progress = _Progress(name, notebook)
+    log.info("%s: started, profile %s", name, profile)
+    started = time.monotonic()
+    try:
+        with _alone(executed.with_suffix(".lock")), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the execution environment, not about the run
+            result = papermill.execute_notebook(
+                str(path),
+                str(executed),
+                parameters,
+                kernel_name="python3",  # the kernel of this very environment
+                language="python",
+                progress_bar=False,
+                stdout_file=progress,
+                stderr_file=progress,
+                on_cell_start=progress.cell_start,
+                extra_arguments=[f"--IPKernelApp.exec_lines={TEXT_PROGRESS}", "--IPKernelApp.log_level=CRITICAL"],
+            )
+    except papermill.PapermillExecutionError as error:
+        reason = f"{error.ename}: {error.evalue}"
+        raise StageError(f"{name} stopped in {progress.where}: {reason} (the whole trace: {executed}).") from None
+    except DeadKernelError:
+        raise StageError(
+            f"{name} stopped: its process died in {progress.where}, most often for want of memory; "
+            "take a smaller batch or close other programs, then run again: it goes on from its last checkpoint.",
+            DEAD_KERNEL,
+        ) from None
+    page = reports_folder(profile) / f"{name}.html"
+    with atomic_write(page) as file:
+        file.write(notebook_page(result, name, home="index.html", footer=f"Notebook {name}, profile {profile}."))
+    log.info("%s: finished in %s", name, clock(time.monotonic() - started))
+    return page
+
+
+def keep_checked_outputs(path: Path, executed: Path) -> None:
+    """Put the outputs of cells tagged `nbval-check-output` from EXECUTED into the notebook PATH; strip all others."""
+    outputs = {cell.id: cell.get("outputs", []) for cell in nbformat.read(executed, as_version=4).cells}
+    notebook = nbformat.read(path, as_version=4)
+    for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
+        checked = CHECKED in cell.metadata.get("tags", [])
+        cell.outputs = outputs[cell.id] if checked else []
+        cell.execution_count = number if checked else None
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = number
+    with atomic_write(path) as file:
+        nbformat.write(notebook, file)
+        file.write("\n")
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Hold LOCK, which the system gives back when this process ends however it ends; StageError if another holds it."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"{lock.stem} is running already in another process: wait for it, or stop it.") from None
+        yield
+
+
+class _Progress:
+    """Shows where a running notebook is: the heading above the current cell, and what the cell writes.
+
+    A file for papermill: progress bars come as carriage returns, of which one line every few seconds is kept.
+    """
+
+    def __init__(self, name: str, notebook: nbformat.NotebookNode) -> None:
+        self.name, self.where, self._shown, self._bar_shown, self._rest = name, "its first cell", "", 0.0, ""
+        self._headings: list[str] = []
+        heading = ""
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                heading = next((line.lstrip("# ") for line in cell.source.splitlines() if line[:1] == "#"), heading)
+            self._headings.append(heading)
+
+    def cell_start(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
+        index = min(cell_index, len(self._headings) - 1)  # papermill has injected a cell of parameters
+        self.where = f"cell {cell_index + 1} of {len(self._headings)}"
+        if self._headings[index] != self._shown:
+            self._shown = self._headings[index]
+            log.info("%s: %s (%s)", self.name, self._shown, self.where)
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._line(line.rsplit("\r", 1)[-1])
+        if "\r" in self._rest:
+            self._bar(self._rest.rsplit("\r", 1)[-1])
+            self._rest = self._rest[self._rest.rindex("\r") :]
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def _bar(self, line: str) -> None:
+        if time.monotonic() - self._bar_shown > SECONDS_BETWEEN_PROGRESS_LINES:
+            self._bar_shown = time.monotonic()
+            self._line(line)
+
+    def _line(self, line: str) -> None:
+        if line.strip():
+            log.info("%s: %s", self.name, line.strip())

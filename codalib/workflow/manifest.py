@@ -1,0 +1,101 @@
+"""One run of a notebook: its checked parameters, its folder, and the manifest that says how its numbers came about."""
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from codalib.base.files import _plain, write_json
+from codalib.base.hardware import _gpu, machine, peak_memory
+from codalib.base.paths import MANIFEST, project_folder, runs_folder
+
+RESULTS = ("tables", "figures", "metrics", "claims")  # what a stage may hand to the report
+FILES = ("file", "png", "svg", "gif")  # keys of a result that name files
+LIBRARIES = ("codalib", "torch", "torchvision", "diffusers", "peft", "accelerate", "timm", "torchmetrics", "numpy")
+
+
+# --- the manifest -----------------------------------------------------------------------------------------------------
+class Run:
+    """One run of a notebook in its own folder, recorded in `manifest.json` from its first second on.
+
+    Args:
+        output: the run's folder, below `runs_folder()` unless absolute; it is made.
+        notebook: the notebook's name without its ending, such as "01_train_tokenizer".
+        parameters: what `check_parameters` returned.
+        seed: the seed of everything random in the run.
+    """
+
+    def __init__(self, output: str | Path, notebook: str, parameters: Mapping[str, Any], seed: int) -> None:
+        self.folder = runs_folder(output)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clock = time.monotonic()
+        self.manifest = {
+            "notebook": notebook,
+            "state": "running",
+            "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "seed": seed,
+            "parameters": dict(parameters),
+            **source_version(),
+            "versions": library_versions(),
+            "machine": machine(),
+        }
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    def finish(self, results: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Record the end of the run and its RESULTS, and return the manifest.
+
+        RESULTS may hold "tables" [{"file", "title", "caption"}], "figures" [{"png", "svg", "caption", "alt"} and for an
+        animation "gif"], "metrics" {name: number} and "claims" [{"id", "verdict", "effect", "detail"}]; files are named
+        relative to the folder and must exist. Anything else raises ValueError.
+        """
+        results = dict(results or {})
+        unknown = results.keys() - set(RESULTS)
+        if unknown:
+            raise ValueError(f"A run's results hold {', '.join(RESULTS)}, got {', '.join(sorted(unknown))}.")
+        rows = (*results.get("tables", ()), *results.get("figures", ()))
+        missing = [row[key] for row in rows for key in FILES if key in row and not self._has(row[key])]
+        if missing:
+            raise ValueError(f"The results name files that are not in {self.folder}: {', '.join(missing)}.")
+        self.manifest |= {
+            "state": "finished",
+            "seconds": round(time.monotonic() - self._clock, 1),
+            "peak_memory_bytes": peak_memory(),
+            "peak_gpu_memory_bytes": _gpu("max_memory_allocated"),
+            "results": _plain(results),
+        }
+        write_json(self.folder / MANIFEST, self.manifest)
+        return self.manifest
+
+    def _has(self, name: str) -> bool:
+        return (self.folder / name).is_file()
+
+
+def source_version() -> dict[str, Any]:
+    """{"commit", "dirty"} of the checkout, its reports left out; both None where git or a checkout is missing."""
+
+    def git(*command: str) -> str:
+        root = str(project_folder())
+        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)reports")),
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape the numbers."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,228 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from codalib.base.processes import launch
+from codalib.datasets import token_cache as tokens_module
+from codalib.datasets.images import load_dataset
+from codalib.datasets.token_cache import (
+    CacheMismatch,
+    TokenCache,
+    cache_dataset,
+    cache_tokens,
+    index_type,
+    tokenizer_hash,
+)
+from codalib.models.quantizer import ResidualAttentionQuantizer, ResidualNearestQuantizer
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.vae import load_vae
+
+SCALES = (1, 2, 8)  # 69 tokens
+
+
+def make_tokenizer(seed=0, codes=300, kind=ResidualAttentionQuantizer):
+    torch.manual_seed(seed)
+    return CodaTokenizer(load_vae("emoji"), kind(16, codes, SCALES)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_dataset("emoji", "train", 64, random_crop=False, limit=7)
+
+
+@pytest.fixture(scope="module")
+def cached(tokenizer, images, tmp_path_factory):
+    return cache_tokens(tokenizer, images, tmp_path_factory.mktemp("cache"), batch_size=3, shard_images=4)
+
+
+def test_a_cache_holds_what_the_tokenizer_says(cached, tokenizer, images):
+    cache = TokenCache.open(cached, tokenizer_hash(tokenizer))
+    assert len(cache) == 7
+    assert cache.indices.shape == (7, 69)
+    assert cache.indices.dtype == np.uint16
+    assert (cache.scales, cache.codebook_size, cache.classes) == (SCALES, 300, images.classes)
+    batch = cache.batch([2, 5])
+    assert batch["tokens"].dtype == torch.int64
+    assert batch["caption"] == [images.items[i].caption for i in (2, 5)]
+    assert batch["label"].tolist() == [images.items[i].label for i in (2, 5)]
+    assert batch["index"].tolist() == [2, 5]
+    # The seeds are 0 (run and view) times the stride plus the image's number.
+    noise = [torch.Generator().manual_seed(i) for i in (2, 5)]
+    indices = tokenizer.encode(torch.stack([images[i]["image"] for i in (2, 5)]), generator=noise)
+    assert torch.equal(batch["tokens"], torch.cat([level.flatten(1) for level in indices], dim=1))
+    torch.testing.assert_close(
+        tokenizer.decode(indices), tokenizer.vae.decode(tokenizer.quantizer.decode(indices)), msg="decode is pure"
+    )
+    one = cache.code_values[batch["tokens"][:, 0]]  # the coarsest level adds its code's value everywhere
+    torch.testing.assert_close(tokenizer.quantizer.decode(indices, levels=1)[:, :, 3, 4], one)
+
+
+def test_processes_share_the_shards_and_batches_do_not_matter(cached, tokenizer, images, tmp_path):
+    cache_tokens(tokenizer, images, tmp_path, batch_size=2, shard_images=4, rank=1, world=2)
+    with pytest.raises(ValueError, match=r"lacks 1 of its 2 shards \(00000.safetensors"):
+        TokenCache.open(tmp_path)
+    cache_tokens(tokenizer, images, tmp_path, batch_size=7, shard_images=4, rank=0, world=2)
+    whole, shared = TokenCache.open(cached), TokenCache.open(tmp_path)
+    assert np.array_equal(whole.indices, shared.indices)
+    assert sorted(shared.image.tolist()) == list(range(7))
+    assert whole.fingerprint == shared.fingerprint
+
+
+def test_an_interrupted_cache_goes_on_with_the_next_shard(cached, tokenizer, images, tmp_path, monkeypatch):
+    encode, calls = tokens_module._encode, []
+
+    def failing(*arguments):
+        calls.append(arguments[2])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(tokens_module, "_encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        cache_tokens(tokenizer, images, tmp_path, shard_images=4)
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["00000.safetensors"]  # no part of the second
+    cache_tokens(tokenizer, images, tmp_path, shard_images=4)
+    assert [list(numbers) for numbers in calls] == [[0, 1, 2, 3], [4, 5, 6], [4, 5, 6]]
+    cache_tokens(tokenizer, images, tmp_path, shard_images=4)  # nothing is left to do
+    assert len(calls) == 3
+    assert np.array_equal(TokenCache.open(tmp_path).indices, TokenCache.open(cached).indices)
+
+
+def test_another_tokenizers_cache_is_refused_with_both_hashes(cached, tokenizer, images):
+    other = make_tokenizer(seed=1)
+    for attempt in (
+        lambda: TokenCache.open(cached, tokenizer_hash(other)),
+        lambda: cache_tokens(other, images, cached, shard_images=4),
+    ):
+        with pytest.raises(CacheMismatch) as caught:
+            attempt()
+        sentence = str(caught.value)
+        assert "\n" not in sentence
+        assert tokenizer_hash(other) in sentence
+        assert tokenizer_hash(tokenizer) in sentence
+    with pytest.raises(CacheMismatch, match="views 1 there and 2 here"):
+        cache_tokens(tokenizer, images, cached, views=2, shard_images=4)
+    with pytest.raises(CacheMismatch, match="images 7 there and 6 here"):
+        cache_tokens(tokenizer, images.subset(list(range(6))), cached, shard_images=4)
+
+
+def test_the_hash_follows_weights_and_settings(tokenizer):
+    assert tokenizer_hash(make_tokenizer()) == tokenizer_hash(tokenizer)
+    changed = make_tokenizer()
+    with torch.no_grad():
+        changed.vae.autoencoder.decoder.conv_out.bias[0] += 1e-6
+    assert tokenizer_hash(changed) != tokenizer_hash(tokenizer)
+    rescaled = make_tokenizer()
+    rescaled.vae.autoencoder.register_to_config(scaling_factor=rescaled.vae.scale * 2)
+    assert tokenizer_hash(rescaled) != tokenizer_hash(tokenizer)
+    assert tokenizer_hash(make_tokenizer(kind=ResidualNearestQuantizer)) != tokenizer_hash(tokenizer)
+
+
+def test_views_crop_flip_and_draw_anew(tokenizer, tmp_path):
+    images = load_dataset("emoji", "train", 64, random_crop=False, limit=3)
+    cache_tokens(tokenizer, images, tmp_path / "flip", views=2, flip=True, sample=False)
+    cache = TokenCache.open(tmp_path / "flip")
+    assert cache.view.tolist() == [0, 0, 0, 1, 1, 1]
+    assert cache.image.tolist() == [0, 1, 2, 0, 1, 2]
+    mirrored = torch.stack([images[i]["image"].flip(2) for i in range(3)])
+    wanted = torch.cat([level.flatten(1) for level in tokenizer.encode(mirrored, sample=False)], dim=1)
+    assert torch.equal(cache.batch([3, 4, 5])["tokens"], wanted)
+    assert cache.batch([4])["caption"] == [images.items[1].caption]
+    cropped = load_dataset("emoji", "train", 64, random_crop=True, limit=3)
+    cache_tokens(tokenizer, cropped, tmp_path / "crop", views=2, sample=False)
+    crops = TokenCache.open(tmp_path / "crop").indices
+    assert (crops[:3] != crops[3:]).mean() > 0.1
+
+
+def test_unreadable_images_are_left_out(tokenizer, tmp_path):
+    images = load_dataset("emoji", "train", 64, random_crop=False, limit=5)
+    read = images.__getitem__
+
+    class Spoilt(type(images)):
+        def __getitem__(self, key):
+            return None if key[0] == 1 else read(key)
+
+        def __len__(self):
+            return 5
+
+    spoilt = Spoilt(images.items, images.classes, 64, False, "spoilt")
+    monkey = tokens_module.UnreadableCount
+    tokens_module.UnreadableCount = lambda dataset: type("", (), {"add": lambda *_: None, "report": lambda _: None})()
+    try:
+        cache_tokens(tokenizer, spoilt, tmp_path, views=2, batch_size=2, shard_images=3)
+    finally:
+        tokens_module.UnreadableCount = monkey
+    cache = TokenCache.open(tmp_path)
+    assert cache.image.tolist() == [0, 2, 3, 4] * 2
+    assert cache.view.tolist() == [0] * 4 + [1] * 4
+    assert cache.batch([1])["caption"] == [images.items[2].caption]
+
+
+def test_training_order_is_seeded_resumable_and_shared(cached):
+    cache = TokenCache.open(cached)
+
+    def rows(steps, size=2, **settings):
+        stream = cache.batches(size, **settings)
+        return [next(stream)["index"].tolist() for _ in range(steps)]
+
+    all_steps = rows(7, seed=3)
+    assert rows(4, seed=3, start_step=3) == all_steps[3:]
+    assert rows(7, seed=4) != all_steps
+    assert sorted(index for step in all_steps for index in step) == sorted(
+        list(range(7)) * 2
+    )  # each epoch shows each image once
+    halves = [rows(7, size=1, seed=3, rank=rank, world=2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == all_steps
+    assert [batch["index"].tolist() for batch in cache.in_order(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [batch["index"].tolist() for batch in cache.in_order(3, 1, 2)] == [[1, 3, 5]]
+
+
+@pytest.mark.parametrize(("codes", "kind"), [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)])
+def test_indices_take_the_smallest_type(codes, kind):
+    assert index_type(codes) is kind
+    assert np.asarray(codes - 1).astype(kind) == codes - 1
+
+
+def test_broken_or_absent_caches_say_so(cached, tmp_path):
+    with pytest.raises(ValueError, match="holds no token cache"):
+        TokenCache.open(tmp_path)
+    for path in cached.rglob("*"):
+        if path.is_file():
+            (tmp_path / path.relative_to(cached)).parent.mkdir(exist_ok=True)
+            (tmp_path / path.relative_to(cached)).write_bytes(path.read_bytes())
+    (tmp_path / "shards" / "00001.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"00001.safetensors cannot be read .*: remove it"):
+        TokenCache.open(tmp_path)
+    assert json.loads((tmp_path / "captions.json").read_text())
+
+
+def test_images_of_another_size_raise(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="images of 32 pixels got, the tokenizer expects 64"):
+        cache_tokens(tokenizer, load_dataset("emoji", "val", 32, limit=2), tmp_path)
+    with pytest.raises(ValueError, match="views is 0"):
+        cache_tokens(tokenizer, load_dataset("emoji", "val", 64, limit=2), tmp_path, views=0)
+
+
+def test_a_stage_from_names(tmp_path):
+    launch(cache_dataset, 1, "emoji", "emoji", "val", tmp_path, 3)
+    cache = TokenCache.open(tmp_path)
+    assert cache.indices.shape == (3, 332)
+
+
+def test_of_several_captions_each_epoch_draws_one(tmp_path, tokenizer):
+    images = load_dataset("emoji", "train", 64, limit=2)
+    items = [dataclasses.replace(item, captions=("a", "b", "c")) for item in images.items]
+    images = type(images)(items, images.classes, images.resolution, False, images.name)
+    cache = TokenCache.open(cache_tokens(tokenizer, images, tmp_path))
+    assert cache.batch([0, 1], [4, 2])["caption"] == ["b", "c"]
+    assert cache.batch([0, 1])["caption"] == ["a", "a"]
+    stream = cache.batches(2, seed=0)
+    assert {caption for _ in range(20) for caption in next(stream)["caption"]} == {"a", "b", "c"}

@@ -1,0 +1,149 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from codalib.base.processes import launch
+from codalib.evaluation.metrics import ReconstructionMetrics, psnr
+from codalib.evaluation.reconstruction import (
+    EvaluationSettings,
+    evaluate_models,
+    file_stamps,
+    measure,
+    measure_levels,
+    measured_file,
+    read_measured,
+)
+from codalib.models.checkpoints import check_models, find_model, present_models
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.vae import load_vae
+
+SETTINGS = EvaluationSettings("emoji", 64, val_limit=7, batch_size=3, frechet_resolution=64)
+VAES, TOKENIZERS = {"emoji VAE": "emoji"}, {"CODA, emoji": "emoji"}
+MODELS = VAES | TOKENIZERS
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    evaluate_models(SETTINGS, VAES, TOKENIZERS, folder)
+    return folder
+
+
+def test_each_model_has_a_row_and_each_number_its_protocol(alone):
+    rows, protocol = read_measured(SETTINGS, MODELS, alone)
+    assert [row["method"] for row in rows] == list(MODELS)
+    assert [row["images"] for row in rows] == [7, 7]
+    assert [row["ratio"] for row in rows] == [8, 8]
+    assert [row["codebook_size"] for row in rows] == [None, 1024]
+    assert 20 < rows[1]["psnr"] < rows[0]["psnr"]
+    for row in rows:
+        assert {"psnr", "ssim", "perceptual_effnet"} & row.keys() <= protocol.keys()
+    assert "utilization" in rows[1]
+    assert any("7 reconstructions" in text for text in protocol.values())
+
+
+def test_the_numbers_are_those_of_the_images_one_by_one(alone):
+    images, vae = SETTINGS.load_images(), load_vae("emoji")
+    expected = []
+    for i in range(len(images)):
+        picture = images[i]["image"][None]
+        with torch.no_grad():
+            expected.append(psnr(picture, vae(picture, generator=torch.Generator().manual_seed(i))))
+    assert read_measured(SETTINGS, MODELS, alone)[0][0]["psnr"] == pytest.approx(
+        torch.cat(expected).mean().item(), 1e-4
+    )
+
+
+def test_two_processes_count_no_image_twice(alone, tmp_path):
+    launch(evaluate_models, 2, SETTINGS, VAES, TOKENIZERS, tmp_path)
+    shared, whole = (read_measured(SETTINGS, MODELS, folder)[0] for folder in (tmp_path, alone))
+    for ours, theirs in zip(shared, whole, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
+
+
+def test_a_measured_model_is_not_measured_again_until_something_changes(alone, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("codalib.evaluation.reconstruction.measure", refuse)
+    evaluate_models(SETTINGS, VAES, TOKENIZERS, alone)
+    other = EvaluationSettings("emoji", 64, val_limit=7, batch_size=2, frechet_resolution=64, seed=1)
+    with pytest.raises(AssertionError, match="measured again"):
+        evaluate_models(other, VAES, TOKENIZERS, alone)
+
+
+def test_a_changed_tokenizer_is_another_result(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    CodaTokenizer.from_pretrained("emoji").save_pretrained(tmp_path / "mine", base="emoji")
+    before = measured_file(tmp_path, "mine", "mine", SETTINGS)
+    assert find_model("mine") == str(tmp_path / "mine")
+    config = tmp_path / "mine" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())))
+    assert measured_file(tmp_path, "mine", "mine", SETTINGS) != before
+
+
+def test_every_odd_picture_of_a_thousand_classes_is_measured(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(1000):
+        folder = tmp_path / "val" / f"n{i:08d}"
+        folder.mkdir(parents=True)
+        if i % 10 == 0:  # most classes keep an empty folder, for speed
+            size = (int(rng.integers(5, 90)), int(rng.integers(5, 90))) if i else (1, 1)
+            picture = Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8))
+            mode = ("RGB", "L", "CMYK")[i // 10 % 3]
+            exif = Image.Exif()
+            exif[0x0112] = 6  # rotated by a quarter
+            picture.convert(mode).save(folder / f"{i}.JPEG", exif=exif if i % 20 else Image.Exif())
+    broken = tmp_path / "val" / "n00000500" / "500.JPEG"
+    broken.write_bytes(broken.read_bytes()[:40])
+    settings = EvaluationSettings(f"imagefolder:{tmp_path}", 64, batch_size=50, frechet=None, perceptual=None)
+    evaluate_models(settings, {}, TOKENIZERS, tmp_path / "out")
+    rows, _ = read_measured(settings, TOKENIZERS, tmp_path / "out")
+    assert rows[0]["images"] == 99
+    assert np.isfinite(rows[0]["psnr"])
+
+
+def test_models_that_are_not_here_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_WEIGHTS", str(tmp_path))
+    (tmp_path / "coda" / "mar").mkdir(parents=True)
+    here, absent = present_models({"a": "coda/mar", "b": "coda/flux"})
+    assert here == {"a": "coda/mar"}
+    assert absent == {"b": "coda/flux"}
+
+
+def test_a_folder_named_as_an_embedded_model_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    (tmp_path / "emoji").mkdir()
+    assert find_model("emoji") == "emoji"
+
+
+def test_wrong_models_are_one_sentence():
+    with pytest.raises(ValueError, match="both named a"):
+        check_models({"a": "emoji"}, {"a": "emoji"})
+    with pytest.raises(ValueError, match="no model"):
+        check_models({}, {})
+    with pytest.raises(ValueError, match="'b' is not here"):
+        check_models({}, {"b": "nowhere/at/all"})
+    check_models(VAES, TOKENIZERS)
+
+
+def test_the_files_behind_an_embedded_name_are_those_of_the_tokenizer_and_of_its_vae():
+    names = {part[0] for part in file_stamps("emoji") if isinstance(part, tuple)}
+    assert {"quantizer.safetensors", "diffusion_pytorch_model.safetensors"} <= names
+
+
+def test_the_levels_together_are_the_whole(tmp_path):
+    model, images = CodaTokenizer.from_pretrained("emoji"), SETTINGS.load_images()
+    found = measure_levels(model, images, [ReconstructionMetrics(frechet=None) for _ in range(10)], batch_size=3)
+    whole = measure(model, images, ReconstructionMetrics(1024, 10, frechet=None), batch_size=4)
+    for name in ("psnr", "ssim", "quantization_error"):
+        assert found[-1][name] == pytest.approx(whole[name], rel=1e-4)
+    errors = [row["quantization_error"] for row in found]
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(ValueError, match="1 sets of measures got, expected 10"):
+        measure_levels(model, images, [ReconstructionMetrics(frechet=None)], batch_size=7)

@@ -1,0 +1,291 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.nn import functional as F
+
+from codalib.base.seeds import sample_generators
+from codalib.models import sampling as sample
+from codalib.models.maskgit import MaskGIT, TextCondition, join_levels, token_levels
+from codalib.models.sampling import generate, guidance_at, keep_outside, uncover_counts
+
+SCALES = (1, 2, 3, 4)  # 30 tokens
+K = 13
+LABELS = torch.tensor([0, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = MaskGIT(K, SCALES, 16, 2, 2, num_classes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform, so that what is drawn depends on what is seen
+            if parameter.ndim > 1:
+                parameter.mul_(10)
+        model.head.weight.mul_(2)
+    return model.eval()
+
+
+def draw(model, labels=LABELS, numbers=(0, 1, 2), seed=0, **settings):
+    return join_levels(generate(model, labels, generator=sample_generators(seed, numbers), **settings))
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.integers(1, 3000), data=st.data(), schedule=st.sampled_from(sorted(sample.SCHEDULES)))
+def test_a_schedule_uncovers_every_token_once_and_one_a_step_at_least(tokens, data, schedule):
+    steps = data.draw(st.integers(1, min(tokens, 64)))
+    counts = uncover_counts(tokens, steps, schedule)
+    assert len(counts) == steps
+    assert sum(counts) == tokens
+    assert min(counts) >= 1
+
+
+def test_schedules_are_their_formulas():
+    assert uncover_counts(100, 4, "linear") == [25, 25, 25, 25]
+    assert uncover_counts(100, 4, "square") == [7, 18, 32, 43]  # hidden: 93.75, 75, 43.75, 0
+    assert uncover_counts(100, 4, "cosine") == [8, 22, 32, 38]  # hidden: 92.4, 70.7, 38.3, 0
+    assert uncover_counts(5, 5, "cosine") == [1, 1, 1, 1, 1]
+    assert uncover_counts(680, 1) == [680]
+
+
+@pytest.mark.parametrize("steps", [0, 31, -1])
+def test_more_steps_than_tokens_is_one_sentence(model, steps):
+    with pytest.raises(ValueError, match=f"{steps} steps got for 30 hidden tokens, expected 1 to 30"):
+        draw(model, steps=steps)
+
+
+def test_guidance_is_constant_or_rises():
+    assert [guidance_at(t, 5, 2.0) for t in range(5)] == [2.0] * 5
+    assert [guidance_at(t, 5, 2.0, "linear") for t in range(5)] == [0, 0.5, 1, 1.5, 2]
+    assert guidance_at(0, 1, 2.0, "linear") == 2.0
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", sample.ORDERS)
+@pytest.mark.parametrize("schedule", sorted(sample.SCHEDULES))
+@pytest.mark.parametrize("steps", [1, 5, 30])
+def test_each_token_is_uncovered_once_in_the_schedules_numbers(model, order, schedule, steps):
+    seen = []
+    drawn = draw(model, steps=steps, schedule=schedule, order=order, on_step=seen.append)
+    counts = uncover_counts(30, steps, schedule)
+    before = torch.full((3, 30), -1)
+    for number, (step, count) in enumerate(zip(seen, counts, strict=True)):
+        after = join_levels(step.indices)
+        uncovered = (before == -1) & (after != -1)
+        assert step.number == number
+        assert uncovered.sum(dim=1).tolist() == [count] * 3
+        assert torch.equal(after[before != -1], before[before != -1])  # once uncovered, it stays
+        assert torch.equal(after[uncovered], join_levels(step.drawn)[uncovered])
+        assert join_levels(step.drawn).min() >= 0
+        before = after
+    assert torch.equal(before, drawn)
+    assert drawn.min() >= 0
+    assert drawn.max() < K
+
+
+def test_coarse_to_fine_never_goes_back_to_a_level(model):
+    levels, seen = token_levels(SCALES), []
+    draw(model, steps=9, order="coarse-to-fine", on_step=seen.append)
+    for step in seen:
+        hidden = join_levels(step.indices) == -1
+        for row in hidden:
+            assert not row.any() or row.all() or levels[~row].max() <= levels[row].min()
+    anywhere = []
+    draw(model, steps=9, order="confidence", on_step=anywhere.append)
+    hidden = join_levels(anywhere[3].indices) == -1
+    assert any(levels[~row].max() > levels[row].min() for row in hidden)
+
+
+def test_a_sample_depends_on_its_own_seed_and_label_alone(model):
+    whole = draw(model, steps=6, guidance=1.0)
+    for i in range(3):
+        assert torch.equal(draw(model, LABELS[i : i + 1], (i,), steps=6, guidance=1.0)[0], whole[i])
+    assert torch.equal(draw(model, LABELS.flip(0), (2, 1, 0), steps=6, guidance=1.0).flip(0), whole)
+    again = draw(model, steps=6, guidance=1.0)
+    assert torch.equal(again, whole)
+    assert not torch.equal(draw(model, steps=6, guidance=1.0, seed=1), whole)
+
+
+def test_one_generator_seeds_all_samples(model):
+    first = generate(model, LABELS, generator=torch.Generator().manual_seed(5))
+    second = generate(model, LABELS, generator=torch.Generator().manual_seed(5))
+    third = generate(model, LABELS, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(join_levels(first), join_levels(second))
+    assert not torch.equal(join_levels(first), join_levels(third))
+    same_label = join_levels(generate(model, torch.tensor([1, 1]), generator=torch.Generator().manual_seed(5)))
+    assert not torch.equal(same_label[0], same_label[1])
+    with pytest.raises(ValueError, match="2 generators got, expected one for each of 3"):
+        generate(model, LABELS, generator=sample_generators(0, [0, 1]))
+
+
+def test_one_step_draws_from_the_models_distribution(model):
+    count = 1500
+    labels = torch.ones(count, dtype=torch.long)
+    tokens = draw(model, labels, range(count), steps=1, temperature=2.0)
+    hidden = model.hidden(torch.full((1, 30), K), torch.tensor([1]))
+    wanted = (model.logits(hidden)[0] / 2.0).softmax(dim=1)  # (L, K)
+    found = F.one_hot(tokens, K).double().mean(dim=0)
+    assert (found - wanted).abs().max() < 0.06
+    assert (found - model.logits(hidden)[0].softmax(dim=1)).abs().max() > 0.06
+
+
+def test_near_temperature_zero_the_likeliest_is_drawn(model):
+    tokens = draw(model, steps=1, temperature=1e-6)
+    hidden = model.hidden(torch.full((3, 30), K), LABELS)
+    assert torch.equal(tokens, model.logits(hidden).argmax(dim=2))
+
+
+def test_without_choice_noise_the_most_confident_stay(model):
+    seen = []
+    draw(model, steps=10, choice_temperature=0.0, on_step=seen.append)
+    drawn, kept = join_levels(seen[0].drawn), join_levels(seen[0].indices) != -1
+    logits = model.logits(model.hidden(torch.full((3, 30), K), LABELS))
+    confidence = logits.log_softmax(dim=2).gather(2, drawn[..., None])[..., 0]
+    for row, stays in zip(confidence, kept, strict=True):
+        assert row[stays].min() >= row[~stays].max()
+    noisy = []
+    draw(model, steps=10, choice_temperature=50.0, on_step=noisy.append)
+    assert not torch.equal(join_levels(noisy[0].indices) != -1, kept)
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_zero_is_the_conditional_model_and_one_pass(model, monkeypatch):
+    batches = []
+    hidden = MaskGIT.hidden
+
+    def counted(self, tokens, condition=None, dropped=None):
+        batches.append(len(tokens))
+        return hidden(self, tokens, condition, dropped)
+
+    monkeypatch.setattr(MaskGIT, "hidden", counted)
+    plain = draw(model, steps=4)
+    assert batches == [3] * 4
+    batches.clear()
+    draw(model, steps=4, guidance=2.0)
+    assert batches == [6] * 4  # the conditional and the unconditional pass share one batch
+    batches.clear()
+    draw(model, steps=4, guidance=2.0, guidance_schedule="linear")
+    assert batches == [3, 6, 6, 6]  # it starts from 0
+    tiny = draw(model, steps=4, guidance=1e-12)  # through the guided path, the same to rounding
+    assert torch.equal(tiny, plain)
+    assert not torch.equal(draw(model, steps=4, guidance=2.0), plain)
+
+
+def test_guidance_is_its_formula(model):
+    weight, hidden = 1.5, torch.full((3, 30), K)
+    with_class = model.logits(model.hidden(hidden, LABELS))
+    without = model.logits(model.hidden(hidden, LABELS, torch.ones(3, dtype=torch.bool)))
+    wanted = ((1 + weight) * with_class - weight * without).argmax(dim=2)
+    assert torch.equal(draw(model, steps=1, temperature=1e-6, guidance=weight), wanted)
+    assert not torch.equal(wanted, with_class.argmax(dim=2))
+
+
+def test_logits_are_computed_at_hidden_positions_alone(model, monkeypatch):
+    rows = []
+    logits = MaskGIT.logits
+    monkeypatch.setattr(MaskGIT, "logits", lambda self, states: rows.append(len(states)) or logits(self, states))
+    draw(model, steps=5)
+    left, wanted = 30, []
+    for count in uncover_counts(30, 5):
+        wanted.append(3 * left)
+        left -= count
+    assert rows == wanted
+
+
+def test_tiles_of_logits_change_nothing(model, monkeypatch):
+    whole = draw(model, steps=5, guidance=1.0)
+    monkeypatch.setattr(sample, "TILE_LOGITS", 7 * K)
+    assert torch.equal(draw(model, steps=5, guidance=1.0), whole)
+
+
+def test_captions_guide_too():
+    torch.manual_seed(0)
+    model = MaskGIT(K, SCALES, 16, 2, 2, text_dim=6).eval()
+    text = TextCondition(torch.randn(2, 5, 6), torch.arange(5) < torch.tensor([[2], [5]]))
+    tokens = join_levels(generate(model, text, generator=sample_generators(0, [0, 1]), guidance=1.0))
+    assert tokens.shape == (2, 30)
+
+
+# --- fixed tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_fixed_tokens_stay_and_the_others_follow_the_schedule(model):
+    image = generate(model, LABELS, generator=sample_generators(3, range(3)))
+    fixed = keep_outside(image, (0, 0, 0.5, 1))
+    count = (join_levels(fixed)[0] == -1).sum().item()
+    assert 0 < count < 30
+    seen = []
+    result = generate(
+        model, LABELS.flip(0), steps=4, fixed=fixed, generator=sample_generators(4, range(3)), on_step=seen.append
+    )
+    kept = join_levels(fixed) != -1
+    assert torch.equal(join_levels(result)[kept], join_levels(image)[kept])
+    assert not torch.equal(join_levels(result), join_levels(image))
+    before, counts = join_levels(fixed), []
+    for step in seen:
+        after = join_levels(step.indices)
+        counts.append(((before == -1) & (after != -1))[0].sum().item())
+        before = after
+    assert counts == uncover_counts(count, 4)
+
+
+def test_samples_may_fix_different_numbers(model):
+    image = generate(model, LABELS, generator=sample_generators(3, range(3)))
+    fixed = [level.clone() for level in image]
+    fixed[3][0] = -1
+    fixed[2][1] = -1  # sample 0 hides 16 tokens, sample 1 9, sample 2 none
+    result = join_levels(generate(model, LABELS, steps=4, fixed=fixed, generator=sample_generators(4, range(3))))
+    assert result.min() >= 0
+    assert torch.equal(result[2], join_levels(image)[2])
+    with pytest.raises(ValueError, match="10 steps got for 9 hidden tokens"):
+        generate(model, LABELS, steps=10, fixed=fixed)
+
+
+def test_a_box_hides_the_cells_that_meet_it():
+    image = [torch.zeros(1, p, p, dtype=torch.long) for p in SCALES]
+    kept = keep_outside(image, (0.0, 0.0, 0.5, 0.25), coarse_kept=1)
+    assert kept[0].item() == 0
+    assert (kept[1][0] == -1).tolist() == [[True, False], [False, False]]
+    assert (kept[2][0] == -1).tolist() == [[True, False, False], [True, False, False], [False, False, False]]
+    assert (kept[3][0] == -1).sum() == 2
+    assert keep_outside(image, (0.0, 0.0, 0.5, 0.25))[0].item() == -1
+    assert all((level == 0).all() for level in image)  # the caller's own stay as they are
+    with pytest.raises(ValueError, match="expected 0 <= top < bottom <= 1"):
+        keep_outside(image, (0.5, 0, 0.5, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": torch.tensor([0, 1, 3])}, "label 3 got, expected 0 to 2"),
+        ({"order": "random"}, "expected one of confidence, coarse-to-fine"),
+        ({"schedule": "cube"}, "expected one of cosine, linear, square"),
+        ({"guidance_schedule": "cube"}, "expected one of constant, linear"),
+        ({"temperature": 0.0}, "expected a number above 0"),
+        ({"guidance": -1.0}, "expected 0"),
+        ({"fixed": [torch.zeros(3, 1, 1)]}, "fixed tokens of shapes"),
+        ({"fixed": [torch.full((3, p, p), K) for p in SCALES]}, "another tokenizer"),
+    ],
+)
+def test_bad_values_are_one_sentence(model, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        draw(model, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_condition_and_one_in_training(model):
+    free = MaskGIT(K, SCALES, 16, 1, 2).eval()
+    assert join_levels(generate(free, batch=2)).shape == (2, 30)
+    with pytest.raises(ValueError, match="number of samples is not known"):
+        generate(free)
+    with pytest.raises(ValueError, match="without a condition"):
+        generate(free, batch=2, guidance=1.0)
+    with pytest.raises(ValueError, match="training mode"):
+        generate(free.train(), batch=2)

@@ -1,0 +1,194 @@
+import re
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from codalib.base.files import read_json, write_json
+from codalib.base.paths import reports_folder
+from codalib.experiments.paper import CLAIMS, TABLE_1
+from codalib.experiments.statistics import judge
+from codalib.reporting import figures, report
+from codalib.reporting.tables import beside_paper
+from codalib.workflow.manifest import Run
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+WIDTHS = (390, 1100, 1280)  # a phone, a narrow and a wide desktop
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    """Two finished stages and one that is still running."""
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
+    Run("tiny/00_first", "00_first", {"steps": 2, "scales": (1, 2)}, seed=3).finish({"metrics": {"psnr": 30.0}})
+    run = Run("tiny/table1", "table1", {"steps": 5}, seed=3)
+    rows = [{"method": row.method, "psnr": 31.234 + i, "utilization": 0.5} for i, row in enumerate(TABLE_1)]
+    beside_paper(rows, TABLE_1, {"psnr": "psnr", "utilization": "utilization"}).to_csv(
+        run.folder / "t.csv", index=False
+    )
+    files = figures.save_figure(figures.ladder(rows, ["psnr"]), run.folder, "ladder")
+    run.finish(
+        {
+            "tables": [{"file": "t.csv", "title": "Table 1", "caption": "12 images, $K = 64$."}],
+            "figures": [{**files, "caption": "The ladder.", "alt": 'Bars that "rise".'}],
+            "claims": [
+                judge("residual_error", [0.1], "0.2 → 0.1"),
+                judge("attention_error", [-0.1], "0.1 → 0.2"),
+                judge("ladder", [0.1, -0.1], "mixed"),
+            ],
+        }
+    )
+    Run("tiny/fig7", "fig7", {}, seed=3)
+    (tmp_path / "reports" / "tiny").mkdir(parents=True)
+    (tmp_path / "reports" / "tiny" / "table1.html").write_text("a page")
+    return "tiny"
+
+
+@pytest.fixture
+def soup(profile):
+    return BeautifulSoup(report.build(profile).read_text(), "html.parser")
+
+
+def test_each_verdict_stands_with_its_effect_and_the_papers_numbers(soup):
+    items = {item["id"]: item.get_text(" ") for item in soup.select(".claims li")}
+    assert set(items) == {"claim-residual_error", "claim-attention_error", "claim-ladder"}
+    assert list(items) == [f"claim-{name}" for name in CLAIMS if f"claim-{name}" in items]  # the paper's order
+    assert re.search(r"Holds\s*\..*0\.2 → 0\.1.*0\.181 → 0\.094", items["claim-residual_error"])
+    assert re.search(r"Does not hold\s*\.", items["claim-attention_error"])
+    assert re.search(r"Undecided\s*\.", items["claim-ladder"])
+    assert all(CLAIMS[name.removeprefix("claim-")].caution in text for name, text in items.items())
+    assert "Of 3 checked claims of the paper, 1 holds, 1 does not hold, 1 is undecided." in soup.get_text()
+    assert f"Not checked in this run: {len(CLAIMS) - 3}" in soup.get_text()
+
+
+def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
+    settings = ("paper's setting", "best of its sweep")
+    claims = [judge("residual_error", [gain], "x", setting=s) for gain, s in zip((0.1, -0.1), settings, strict=True)]
+    Run("twice/table1", "table1", {}, seed=0).finish({"claims": claims})
+    soup = BeautifulSoup(report.build("twice").read_text(), "html.parser")
+    (item,) = (item.get_text(" ") for item in soup.select(".claims li"))
+    assert re.search(r"Does not hold\s+\(best of its sweep\)", item)
+    assert re.search(r"Holds\s+\(paper's setting\)", item)
+    head, row = ([cell.get_text() for cell in line.select("th, td")] for line in soup.select("tr")[:2])
+    assert head == ["Claim", "Paper's setting", "Best of its sweep"]
+    assert row == [CLAIMS["residual_error"].title, "Holds †", "Does not hold †"]
+    assert "Verdicts without a test (†): 2." in soup.get_text()
+    assert "of 2 verdicts, 1 holds, 1 does not hold, 0 are undecided" in soup.get_text()
+    assert f"Not checked in this run: {len(CLAIMS) - 1}" in soup.get_text()
+
+
+def test_verdicts_of_three_seeds_are_not_marked(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
+    Run("three/table1", "table1", {}, seed=0).finish({"claims": [judge("residual_error", [0.1, 0.11, 0.12], "x")]})
+    soup = BeautifulSoup(report.build("three").read_text(), "html.parser")
+    assert soup.select("tr")[1].get_text(" ").split()[-1] == "Holds"
+    assert "test" not in soup.select_one("h2").find_previous("p").get_text()
+
+
+def test_the_runs_numbers_stand_beside_the_papers(soup):
+    table = soup.find("h3", string="Table 1").find_next("table")
+    head, *rows = ([cell.get_text() for cell in row.find_all(["th", "td"])] for row in table.find_all("tr"))
+    assert head == ["Method", "PSNR (dB)", "PSNR (dB) (paper)", "Utilization", "Utilization (paper)"]
+    assert rows[1] == ["Vector quantization", "32.2", "18.9", "50 %", "49 %"]
+    assert rows[0][-1] == "–"  # noqa: RUF001
+
+
+def test_every_picture_is_inside_the_page_and_has_its_alternative(soup):
+    assert [image["alt"] for image in soup.find_all("img")] == ['Bars that "rise".']
+    assert all(image["src"].startswith("data:image/png;base64,") for image in soup.find_all("img"))
+    assert not soup.select("link[href^=http], script[src]")
+
+
+def test_links_lead_to_files_that_exist(soup, profile):
+    links = {link["href"] for link in soup.find_all("a") if not link["href"].startswith(("#", "https:"))}
+    assert links == {
+        "table1.html",
+        "tables/table1-t.csv",
+        "tables/table1-t.md",
+        "figures/table1-ladder.png",
+        "figures/table1-ladder.svg",
+        "../index.html",
+    }
+    assert all((reports_folder(profile) / link).is_file() for link in links)
+    assert pd.read_csv(reports_folder(profile) / "tables/table1-t.csv")["psnr"][0] == 31.234
+    assert "| Vector quantization | 32.2 | 18.9 |" in (reports_folder(profile) / "tables/table1-t.md").read_text()
+
+
+def test_the_page_says_how_its_numbers_came_about(soup, profile):
+    heading = soup.find("h2", string="How these numbers came about")
+    rows = {row.td.get_text(): row.get_text(" ") for row in heading.find_next("table").tbody.find_all("tr")}
+    assert list(rows) == ["fig7", "table1", "00_first"]
+    assert "finished" in rows["table1"]
+    assert "running" in rows["fig7"]
+    assert "torch" in heading.find_next("strong", string="Versions.").parent.get_text()
+    assert [manifest["notebook"] for manifest in read_json(reports_folder(profile) / "manifest.json")] == list(rows)
+
+
+def test_no_stage_yet_is_said_plainly(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path))
+    assert "No stage has run yet" in report.build("empty").read_text()
+
+
+def test_a_table_that_is_gone_from_the_runs_is_gone_from_the_report(soup, profile, tmp_path):
+    shutil.rmtree(tmp_path / "runs" / profile / "table1")
+    page = report.build(profile).read_text()
+    assert not (reports_folder(profile) / "tables").exists()
+    assert "What this run found" not in page
+
+
+def test_one_page_leads_to_every_profile(soup, profile):
+    bench = reports_folder("bench") / "index.html"
+    bench.parent.mkdir()
+    bench.write_text("a page")
+    assert soup.select_one("p.home a")["href"] == "../index.html"
+    report.build("smoke")
+    front = BeautifulSoup((reports_folder() / "index.html").read_text(), "html.parser")
+    links = {link.get_text(): link["href"] for link in front.select("td a")}
+    assert links == {name: f"{name}/index.html" for name in ("bench", profile, "smoke")}
+    lines = {
+        row.td.get_text(): [cell.get_text() for cell in row.find_all("td")[1:]] for row in front.select("tbody tr")
+    }
+    assert "quantizers" in lines["bench"][0]
+    assert lines["smoke"][0].startswith("Every notebook as it is")
+    assert lines[profile][1:3] == ["3", "1 holds, 1 does not hold, 1 is undecided; 3 without a test"]
+
+
+def test_a_verdict_that_no_rule_gives_is_refused(profile, tmp_path):
+    path = tmp_path / "runs" / profile / "table1" / "manifest.json"
+    manifest = read_json(path)
+    manifest["results"]["claims"][0]["verdict"] = "nearly"
+    write_json(path, manifest)
+    with pytest.raises(ValueError, match="unknown claim or verdict"):
+        report.build(profile)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_browser_finds_no_error_and_no_overflow(profile, tmp_path, width):
+    page = tmp_path / "page.html"
+    probe = (
+        "<script>const e = document.documentElement; const broken = [...document.images].filter(i => !i.naturalWidth);"
+        "document.title = [innerWidth, e.scrollWidth, broken.length].join();</script></body>"
+    )
+    page.write_text(report.build(profile).read_text().replace("</body>", probe))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--enable-logging=stderr",
+    ]
+    command = [BROWSER, *options, f"--user-data-dir={tmp_path}/browser", f"--window-size={width},900"]
+    result = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    visible, needed, broken = map(int, re.search(r"<title>(\d+),(\d+),(\d+)", result.stdout).groups())
+    assert needed <= visible
+    assert visible <= max(width, 500)  # some builds of Chromium have no narrower window
+    assert broken == 0
+    assert "CONSOLE" not in result.stderr

@@ -1,0 +1,172 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from codalib.experiments.paper import TABLE_1, TABLE_2, TABLE_3
+from codalib.experiments.statistics import judge, over_seeds
+from codalib.reporting.tables import (
+    beside_paper,
+    clock,
+    label,
+    markdown_table,
+    number,
+    readable,
+    size,
+    spread,
+    verdicts,
+)
+
+
+@pytest.mark.parametrize(
+    ("improvements", "verdict"),
+    [
+        ([0.1], "holds"),
+        ([-0.1], "does not hold"),
+        ([0.0], "does not hold"),
+        ([0.1, -0.1], "undecided"),
+        ([0.1, 0.11, 0.09], "holds"),
+        ([-0.1, -0.11, -0.09], "does not hold"),
+        ([0.1, 0.9, -0.5], "undecided"),
+        ([0.2, 0.2, 0.2], "holds"),
+    ],
+)
+def test_a_verdict_follows_from_the_measured_improvements(improvements, verdict):
+    assert judge("residual_error", improvements, "effect")["verdict"] == verdict
+
+
+def test_an_improvement_within_the_margin_decides_nothing():
+    assert judge("residual_error", [0.1], "effect", margin=0.2)["verdict"] == "undecided"
+    assert judge("residual_error", [-0.1], "effect", margin=0.2)["verdict"] == "undecided"
+    assert judge("residual_error", [0.3], "effect", margin=0.2)["verdict"] == "holds"
+
+
+def test_a_verdict_says_what_it_rests_on():
+    assert "One seed" in judge("residual_error", [0.1], "effect", detail="Tuned.")["detail"]
+    assert "t-test, p = 0.00" in judge("residual_error", [0.1, 0.11, 0.09], "effect")["detail"]
+    assert "2 seeds" in judge("residual_error", [0.1, 0.1], "effect")["detail"]
+
+
+def test_unknown_claims_and_missing_numbers_raise():
+    with pytest.raises(ValueError, match="no claim 'magic'"):
+        judge("magic", [1.0], "")
+    with pytest.raises(ValueError, match="finite improvement"):
+        judge("residual_error", [math.nan], "")
+    with pytest.raises(ValueError, match="finite improvement"):
+        judge("residual_error", [], "")
+
+
+def test_each_measure_stands_beside_the_papers():
+    rows = [{"method": "Vector quantization", "psnr": 30.0, "fd_effnet": 5.0}, {"method": "ours", "psnr": 31.0}]
+    frame = beside_paper(rows, TABLE_1, {"psnr": "psnr", "fd_effnet": "rfid", "perplexity": None})
+    assert list(frame.columns) == ["method", "psnr", "paper_psnr", "fd_effnet", "paper_rfid", "perplexity"]
+    assert frame.loc[0, "paper_psnr"] == 18.9
+    assert frame.loc[0, "paper_rfid"] == 41.52
+    assert frame.loc[1, ["paper_psnr", "fd_effnet"]].isna().all()
+
+
+def test_ours_stand_among_all_rows_of_the_paper():
+    rows = [
+        {"method": "ours", "psnr": 1.0, "ratio": 8},
+        {"method": "CODA MAR 16384, released weights", "psnr": 2.0, "ratio": 16},
+        {"method": "MAR VAE", "psnr": 3.0},
+    ]
+    frame = beside_paper(rows, TABLE_2, {"ratio": "ratio", "psnr": "psnr", "iterations": "iterations"}, whole=True)
+    assert list(frame.columns) == ["method", "ratio", "psnr", "paper_psnr", "iterations"]
+    assert len(frame) == len(TABLE_2.rows) + 2
+    methods = list(frame["method"])
+    place = methods.index("CODA MAR 16384")
+    assert methods[place + 1] == "CODA MAR 16384, released weights"
+    assert methods[-1] == "ours"
+    assert frame.loc[place + 1, ["ratio", "psnr", "paper_psnr", "iterations"]].tolist() == [16, 2.0, 22.0, 50_000]
+    assert frame.set_index("method").loc["MAR VAE", ["ratio", "psnr", "paper_psnr"]].tolist() == [16, 3.0, 24.9]
+    assert math.isnan(frame.loc[place, "psnr"])
+
+
+def test_labels_tell_the_papers_columns_apart():
+    assert label("paper_rfid") == "rFID (paper)"
+    assert label("fd_effnet") == "FD-EfficientNet"
+    assert label("learning_rate") == "Learning rate"
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "text"),
+    [
+        (22.2, {}, "22.2"),
+        (41.52, {}, "41.52"),
+        (0.181, {}, "0.181"),
+        (0.60249, {}, "0.602"),
+        (0.00004, {}, "4e-05"),
+        (123456.7, {}, "123,457"),
+        (65536, {}, "65,536"),
+        (3.0, {}, "3"),
+        (-1.23612, {}, "-1.24"),
+        (0.051, {"share": True}, "5.1 %"),
+        (1.0, {"share": True}, "100 %"),
+        (22.2, {"spread": 0.314}, "22.2 ± 0.31"),
+        (0.5, {"share": True, "spread": 0.01}, "50 ± 1 %"),
+        (None, {}, ""),
+        (math.nan, {"share": True}, ""),
+        (np.bool_(True), {}, "yes"),
+        ("attention", {}, "attention"),
+        (0, {}, "0"),
+    ],
+)
+def test_numbers_as_people_read_them(value, options, text):
+    assert number(value, **options) == text
+
+
+def test_a_readable_table_joins_means_and_spreads():
+    frame = pd.DataFrame({"method": ["a"], "psnr": [22.2], "psnr_std": [0.1], "paper_utilization": [0.49]})
+    assert readable(frame).to_dict("records") == [
+        {"Method": "a", "PSNR (dB)": "22.2 ± 0.1", "Utilization (paper)": "49 %"}
+    ]
+
+
+def test_markdown_tables_keep_their_columns():
+    table = markdown_table(pd.DataFrame({"a|b": ["1", "x|y"], "c": ["", "2"]}))
+    assert table.splitlines() == ["| a\\|b | c |", "| --- | --- |", "| 1 |  |", "| x\\|y | 2 |"]
+
+
+def test_times_and_sizes():
+    assert [clock(s) for s in (None, 5, 65.4, 3720)] == ["", "5 s", "1 min 5 s", "1 h 2 min"]
+    assert [size(b) for b in (None, 5_000_000, 2_340_000_000)] == ["", "5 MB", "2.3 GB"]
+
+
+def test_the_papers_own_names_may_hold_commas():
+    rows = [{"method": "CODA MaskGIT-L, 8 steps", "fid": 3.0}, {"method": "ours, 8 steps", "fid": 50.0}]
+    frame = beside_paper(rows, TABLE_3, {"fid": "fid"}, whole=True).set_index("method")
+    assert frame.loc["CODA MaskGIT-L, 8 steps"].tolist() == [3.0, 3.17]
+    assert frame.loc["CODA MaskGIT-L, 32 steps", "paper_fid"] == 2.66
+    assert frame.loc["LDM-4-G", "paper_fid"] == 3.60
+    assert frame.loc["LDM-4-G, DPM-Solver", "paper_fid"] == 4.56
+    assert list(frame.index)[-1] == "ours, 8 steps"
+
+
+def test_rows_of_several_seeds_become_a_mean_and_a_spread():
+    rows = [
+        {"method": "a", "seed": 0, "psnr": 1.0, "note": "x", "gap": None},
+        {"method": "a", "seed": 1, "psnr": 3.0, "note": "x", "gap": 1.0},
+        {"method": "b", "seed": 0, "psnr": 5.0, "note": "y", "gap": 2.0},
+    ]
+    first, second = over_seeds(rows)
+    assert first == {"method": "a", "seeds": 2, "psnr": 2.0, "psnr_std": 2**0.5, "note": "x", "gap": None}
+    assert second == {"method": "b", "seeds": 1, "psnr": 5.0, "note": "y", "gap": 2.0}
+    frame = beside_paper([first], TABLE_1, {"psnr": "psnr"})
+    assert list(readable(frame)["PSNR (dB)"]) == ["2 ± 1.4"]
+    assert spread([1.0, 3.0], " dB") == "2 ± 1.4 dB"
+    assert spread([1.0]) == "1"
+
+
+def test_a_verdict_names_its_setting():
+    assert judge("residual_error", [0.1], "effect", setting="tuned")["setting"] == "tuned"
+
+
+def test_verdicts_are_shown_whole_without_empty_columns():
+    claims = [judge("residual_error", [0.1], "a long effect " * 20), judge("ladder", [-0.1], "x")]
+    page = verdicts(claims).to_html()
+    assert "a long effect " * 20 in page
+    assert "setting" not in page
+    assert "setting" in verdicts([judge("ladder", [1.0], "x", setting="paper's setting")]).to_html()
+    assert verdicts([]).to_html()

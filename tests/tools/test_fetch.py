@@ -1,0 +1,337 @@
+"""Fetching, against a server of this machine that can break off, lie, hide, demand a token and send elsewhere."""
+
+import hashlib
+import http.server
+import re
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from codalib.base.files import read_json
+from codalib.pretrained import registry
+from codalib.tools import fetch
+from codalib.workflow import profiles
+
+CONTENT = bytes(range(256)) * 1000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+TOKEN = "hf_of_this_test"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files` {path: bytes} with ranges; what else it does is in the server's own attributes."""
+
+    def do_GET(self):
+        server = self.server
+        server.requests.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
+        if self.path in server.sent_on:
+            self.send_response(302)
+            self.send_header("Location", server.sent_on[self.path])
+            if self.path in server.linked:
+                self.send_header("X-Linked-Etag", f'"{server.linked[self.path]}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if self.path not in server.files:
+            return self.send_error(404)
+        if self.path in server.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.send_error(401)
+        content, start = server.files[self.path], 0
+        wanted = re.match(r"bytes=(\d+)-$", self.headers.get("Range") or "")
+        if wanted and server.ranges:
+            start = int(wanted[1])
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
+        self.end_headers()
+        rest = content[start:]
+        if server.breaks:
+            server.breaks -= 1
+            rest = rest[: len(rest) // 2]
+        self.wfile.write(rest)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def make_server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.sent_on, server.linked, server.gated, server.requests = {}, {}, {}, set(), []
+    server.breaks, server.ranges = 0, True
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def server():
+    server = make_server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """An empty weights folder; no token, and nothing of this machine's own."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(fetch.huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setenv("CODALIB_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "weights").mkdir()
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def network(server, monkeypatch):
+    """One registered network of one file; its name carries the first digits of its SHA-256."""
+    file = f"tiny-{SHA256[:8]}.pth"
+    server.files[f"/{file}"] = CONTENT
+    network = registry.Network("tiny", "tests", file, "none", "fetch it", url=f"{server.address}/{file}")
+    monkeypatch.setattr(fetch, "NETWORKS", {"tiny": network})
+    monkeypatch.setattr(registry, "NETWORKS", {"tiny": network})
+    return network
+
+
+@pytest.fixture
+def hub(server, weights, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    return server
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_comes_whole_and_its_checksum_is_kept(network, server, weights):
+    assert fetch.fetch("tiny") == []
+    assert (weights / network.file).read_bytes() == CONTENT
+    assert files_in(weights) == ["checksums.json", network.file]
+    row = {"sha256": SHA256, "bytes": len(CONTENT), "from": network.url}
+    assert read_json(weights / fetch.CHECKSUMS) == {network.file: row}
+    assert fetch.fetch("tiny") == []  # verified, not fetched again
+    assert len(server.requests) == 1
+
+
+def test_a_broken_connection_goes_on_where_it_was(network, server, weights):
+    server.breaks = 2
+    assert fetch.fetch("tiny") == []
+    assert (weights / network.file).read_bytes() == CONTENT
+    half, quarter = len(CONTENT) // 2, len(CONTENT) // 4
+    assert [wanted for _, wanted, _ in server.requests] == [None, f"bytes={half}-", f"bytes={half + quarter}-"]
+
+
+def test_an_interrupted_run_is_continued_by_the_next(network, server, weights):
+    server.breaks = fetch.ATTEMPTS
+    (problem,) = fetch.fetch("tiny")
+    assert "broke off after" in problem
+    assert "run again to go on" in problem
+    part = weights / (network.file + ".part")
+    done = part.stat().st_size
+    assert 0 < done < len(CONTENT)
+    assert not (weights / network.file).exists()
+    assert fetch.fetch("tiny") == []
+    assert server.requests[-1][1] == f"bytes={done}-"
+    assert files_in(weights) == ["checksums.json", network.file]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_that_changed_meanwhile_is_fetched_anew(network, server, weights, ranges):
+    server.files[f"/{network.file}"] = CONTENT[::-1]
+    server.breaks = fetch.ATTEMPTS
+    fetch.fetch("tiny")
+    server.files[f"/{network.file}"] = CONTENT
+    server.ranges = ranges  # a server without ranges sends the whole again
+    assert fetch.fetch("tiny") == []
+    assert (weights / network.file).read_bytes() == CONTENT
+
+
+def test_a_whole_part_needs_nothing_more(network, server, weights):
+    part = weights / (network.file + ".part")
+    part.write_bytes(CONTENT)
+    assert fetch.fetch("tiny") == []
+    assert (weights / network.file).read_bytes() == CONTENT
+    (weights / network.file).unlink()
+    part.write_bytes(CONTENT + b"more than there is")
+    assert fetch.fetch("tiny") == []
+    assert (weights / network.file).read_bytes() == CONTENT
+
+
+def test_a_wrong_checksum_is_refused_and_removed(network, server, weights):
+    server.files[f"/{network.file}"] = b"another file"
+    (problem,) = fetch.fetch("tiny")
+    assert f"expected one that begins with {SHA256[:8]}" in problem
+    assert files_in(weights) == []
+
+
+def test_a_damaged_file_is_noticed_later(network, weights):
+    fetch.fetch("tiny")
+    (weights / network.file).write_bytes(CONTENT[:-1])
+    (problem,) = fetch.fetch("tiny")
+    assert f"expected {SHA256}" in problem
+    assert "remove it and run again" in problem
+    (weights / fetch.CHECKSUMS).unlink()  # then the name alone tells
+    (problem,) = fetch.fetch("tiny")
+    assert f"expected {SHA256[:8]}..." in problem
+
+
+def test_a_file_put_there_by_hand_is_taken_up(network, server, weights):
+    (weights / network.file).write_bytes(CONTENT)
+    assert fetch.fetch("tiny") == []
+    assert read_json(weights / fetch.CHECKSUMS)[network.file]["sha256"] == SHA256
+    assert server.requests == []
+
+
+def test_a_full_disk_is_one_sentence(network, weights, monkeypatch):
+    usage = type("usage", (), {"free": 10})
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: usage)
+    (problem,) = fetch.fetch("tiny")
+    assert f"needs {len(CONTENT):,} bytes" in problem
+
+
+# --- no network -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_network_each_file_gets_one_sentence(weights, monkeypatch, caplog, capsys):
+    with socket.socket() as probe:  # a port where nobody listens
+        probe.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("HF_ENDPOINT", nowhere)
+    networks = {name: registry.NETWORKS[name] for name in ("kl16", "flux", "coda/mar_v16384", "efficientnet_lite0")} | {
+        "tiny": registry.Network("tiny", "tests", "tiny.pth", "none", "fetch it", url=f"{nowhere}/tiny.pth")
+    }
+    monkeypatch.setattr(fetch, "NETWORKS", networks)
+    monkeypatch.setattr(registry, "NETWORKS", networks)
+    assert fetch.main(list(networks)) == 1
+    sentences = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    places = ["kl16.safetensors", *(f"flux-vae/{name}" for name in registry.VAE_FILES)]
+    places += [f"coda/mar_v16384/{name}" for name in registry.RELEASED_FILES[0]] + ["tiny.pth"]
+    assert len(sentences) == len(places)
+    for sentence, place in zip(sentences, places, strict=True):
+        assert sentence.endswith(f"put it at {weights / place}.")
+        assert f"get {nowhere}/" in sentence
+        assert "\n" not in sentence
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_file_of_the_hub_is_checked_against_its_own_sum(hub, weights):
+    other = make_server()  # where the Hub keeps its files
+    try:
+        other.files["/blob"] = CONTENT
+        address = "/jadechoghari/mar/resolve/main/kl16.safetensors"
+        hub.sent_on[address], hub.linked[address] = f"{other.address}/blob", "0" * 64
+        (problem,) = fetch.fetch("kl16")
+        assert f"begins with {'0' * 64}" in problem
+        hub.linked[address], other.breaks = SHA256, 1
+        assert fetch.fetch("kl16") == []
+        assert (weights / "kl16.safetensors").read_bytes() == CONTENT
+        assert other.requests[-1][1] == f"bytes={len(CONTENT) // 2}-"
+        assert read_json(weights / fetch.CHECKSUMS)["kl16.safetensors"]["from"] == hub.address + address
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+def test_the_token_opens_a_gated_file_and_goes_to_the_hub_alone(hub, weights, monkeypatch):
+    other = make_server()
+    try:
+        other.files["/blob"] = CONTENT
+        config, model = (f"/black-forest-labs/FLUX.1-dev/resolve/main/vae/{name}" for name in registry.VAE_FILES)
+        hub.files |= {"/moved": b"{}", model: b""}
+        hub.sent_on[config] = "/moved"  # to the Hub itself, which wants the token there too
+        hub.gated |= {"/moved", model}
+        problems = fetch.fetch("flux")
+        assert len(problems) == 2
+        assert all("accept the licence at" in problem and "HF_TOKEN" in problem for problem in problems)
+        monkeypatch.setattr(fetch.huggingface_hub, "get_token", lambda: TOKEN)
+        hub.sent_on[model], hub.linked[model] = f"{other.address}/blob", SHA256
+        assert fetch.fetch("flux") == []
+        assert registry.has_weights("flux")
+        assert hub.requests[-1][2] == f"Bearer {TOKEN}"
+        assert [token for _, _, token in other.requests] == [None]
+        assert not any(TOKEN in path.read_text(errors="ignore") for path in weights.rglob("*") if path.is_file())
+    finally:
+        other.shutdown()
+        other.server_close()
+
+
+def test_a_released_folder_may_hold_one_set_of_weights_alone(hub, weights):
+    address = "/shuidi0020/CODA/resolve/main/mar_v16384"
+    hub.files |= {f"{address}/{name}": name.encode() for name in ("vae.pth", "quantizer.pth")}
+    assert fetch.fetch("coda/mar_v16384") == []
+    assert files_in(weights / "coda/mar_v16384") == ["quantizer.pth", "vae.pth"]
+    asked = len(hub.requests)
+    assert fetch.fetch("coda/mar_v16384") == []  # whole: nothing is asked for
+    assert len(hub.requests) == asked
+    (weights / "coda/mar_v16384" / "vae.pth").unlink()
+    hub.files.clear()
+    problems = fetch.fetch("coda/mar_v16384")
+    assert len(problems) == 1
+    assert "404" in problems[0]
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_says_what_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_train_tokenizer.ipynb").touch()
+    (tmp_path / "notebooks" / "table.ipynb").touch()
+    for module in (profiles, fetch):
+        monkeypatch.setattr(module, "project_folder", lambda: tmp_path)
+
+    def needs(text: str) -> list[str]:
+        (tmp_path / "profiles" / "some.yaml").write_text(text)
+        return fetch.needed("some")
+
+    papers = ["dino_vits16", "inception_fid", "vgg16_lpips"]
+    assert needs("01_train_tokenizer: {vae: kl16}") == [*papers, "kl16"]
+    assert needs("table: {frechet: fid, text_encoder: clip}") == ["inception_fid", "clip_vit_l14"]
+    assert needs("table: {tokenizers: {theirs: coda/flux_v65536}, vaes: [flux-vae]}") == [
+        *papers,
+        "flux",
+        "coda/flux_v65536",
+    ]
+    assert needs("01_train_tokenizer: {discriminator_network: dino, vae: 3}") == ["dino_vits16"]
+    assert needs("01_train_tokenizer: {limit: 3}") == []
+    with pytest.raises(profiles.StageError, match="no profile"):
+        fetch.needed("other")
+
+
+def test_the_command_line(network, weights, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    assert fetch.main(["tiny"]) == 0
+    assert "All of it is here: tiny." in caplog.text
+    assert fetch.main(["--profile", "smoke"]) == 0
+    assert "needs no network" in caplog.text
+    assert fetch.main(["--profile", "no such profile"]) == 1
+    with monkeypatch.context() as patch:
+
+        def stop(name):
+            raise KeyboardInterrupt
+
+        patch.setattr(fetch, "fetch", stop)
+        assert fetch.main(["tiny"]) == fetch.INTERRUPTED
+    for wrong in ([], ["no such network"]):
+        with pytest.raises(SystemExit):
+            fetch.main(wrong)
+    with pytest.raises(KeyError, match="expected one of tiny"):
+        fetch.fetch("other")

@@ -1,0 +1,90 @@
+"""Two processes with half the batch each give the gradients of one process with the whole batch."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from codalib.base.processes import launch
+from codalib.datasets.images import load_dataset
+from codalib.evaluation.metrics import ReconstructionMetrics
+from codalib.evaluation.reconstruction import measure
+from codalib.models.quantizer import ResidualAttentionQuantizer
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.vae import add_adapters, load_vae
+from codalib.training.settings import TokenizerSettings
+from codalib.training.tokenizer import train_and_save, train_tokenizer
+from codalib.training.trainer import read_log
+
+
+def gradients(model, images):
+    """Of a loss that is a mean over images (the entropy term is not: its mean distribution is each process's own)."""
+    output = model(images, sample=False)
+    loss = (output.reconstruction - images).square().mean() + output.quantization_loss
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tokenizer():
+    torch.manual_seed(0)
+    vae = add_adapters(load_vae("emoji"), "both", rank=2)
+    for name, parameter in vae.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide the other factor's gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    return CodaTokenizer(vae, ResidualAttentionQuantizer(16, 32, (1, 2, 4, 8)))
+
+
+def pictures():
+    return torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def work(rank, port, path):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = gradients(DistributedDataParallel(tokenizer()), pictures()[2 * rank : 2 * rank + 2])
+    if rank == 0:
+        save_file({name.removeprefix("module."): value.contiguous() for name, value in found.items()}, path)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, tmp_path / "gradients"), nprocs=2)
+    shared, whole = load_file(tmp_path / "gradients"), gradients(tokenizer(), pictures())
+    assert shared.keys() == whole.keys()
+    assert any("encoder" in name and value.abs().max() > 0 for name, value in whole.items())
+    for name, value in whole.items():
+        assert torch.allclose(shared[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item()), name
+
+
+SCALES = (1, 2, 4, 8)
+
+
+def train(settings, train, val, folder):
+    train_and_save(settings, "emoji", train, val, folder)
+    # Again: nothing is left to train, each process takes up the last checkpoint.
+    state = train_tokenizer(settings, load_vae("emoji"), train, val, folder).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / f"{PartialState().process_index}")
+
+
+def test_two_processes_train_and_evaluate_one_tokenizer(tmp_path):
+    settings = TokenizerSettings(steps=2, batch_size=2, codebook_size=32, scales=SCALES, rank=2, log_every=1)
+    val = load_dataset("emoji", "val", 64, limit=5)
+    launch(train, 2, settings, load_dataset("emoji", "train", 64, limit=8), val, tmp_path)
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {"perceptual_effnet", "adversarial", "discriminator", "entropy"} <= rows[0].keys()
+    first, second = load_file(tmp_path / "0"), load_file(tmp_path / "1")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    tokenizer = CodaTokenizer.from_pretrained(tmp_path / "tokenizer")
+    values = measure(tokenizer, val, ReconstructionMetrics(32, len(SCALES), frechet=None))
+    for name in ("psnr", "quantization_error", "utilization"):
+        assert rows[-1][f"val_{name}"] == pytest.approx(values[name], rel=1e-4)

@@ -1,0 +1,197 @@
+import dataclasses
+
+import pytest
+import torch
+
+from codalib.datasets.images import load_dataset
+from codalib.evaluation.latents import encode_images
+from codalib.evaluation.metrics import ReconstructionMetrics
+from codalib.evaluation.reconstruction import measure
+from codalib.models.losses import NonFiniteLoss
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.vae import load_vae
+from codalib.training.quantizer import fit_quantizer
+from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
+from codalib.training.tokenizer import train_and_save, train_tokenizer
+from codalib.training.trainer import learning_rate_factor, read_log
+from codalib.training.vae import pretrain_vae
+
+SCALES = (1, 2, 4, 8)
+SMALL = TokenizerSettings(
+    steps=3, batch_size=2, codebook_size=32, scales=SCALES, rank=2, log_every=1, checkpoint_every=1, accumulation=2
+)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae("emoji")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_dataset("emoji", "train", 64, limit=8), load_dataset("emoji", "val", 64, limit=4)
+
+
+@pytest.fixture(scope="module")
+def trained(vae, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return train_tokenizer(SMALL, vae, *images, folder), folder
+
+
+def state(tokenizer):
+    return dict(tokenizer.state_dict().items())
+
+
+def test_every_named_term_is_logged(trained):
+    rows = read_log(trained[1])
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {"l1", "l2", "perceptual_effnet", "quantization", "entropy", "adversarial", "discriminator"} <= rows[
+        0
+    ].keys()
+    assert rows[0]["adversarial_factor"] == 0  # the ramp starts at 0
+    assert "val_psnr" in rows[-1]
+    assert "val_psnr" not in rows[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_path, monkeypatch):
+    from codalib.training.trainer import Loop
+
+    update, calls = Loop.update, []
+
+    def interrupted(self, *arguments, **keywords):
+        calls.append(self.step)
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return update(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Loop, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(SMALL, vae, *images, tmp_path)
+    monkeypatch.undo()
+    resumed = state(train_tokenizer(SMALL, vae, *images, tmp_path))
+    assert all(torch.equal(value, resumed[name]) for name, value in state(trained[0]).items())
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3]
+    kept = sorted(path.name for path in tmp_path.glob("checkpoints/*/*"))
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_a_finished_run_is_not_trained_again(trained, vae, images, monkeypatch):
+    from codalib.training.trainer import Loop
+
+    monkeypatch.setattr(Loop, "update", lambda *a, **k: pytest.fail("trained again"))
+    again = state(train_tokenizer(SMALL, vae, *images, trained[1]))
+    assert all(torch.equal(value, again[name]) for name, value in state(trained[0]).items())
+
+
+def test_a_tokenizer_survives_its_folder(trained, images, tmp_path):
+    tokenizer = trained[0]
+    tokenizer.save_pretrained(tmp_path / "t", base="emoji")
+    again = CodaTokenizer.from_pretrained(tmp_path / "t")
+    batch = images[1][0]["image"][None]
+    first = tokenizer(batch, generator=torch.Generator().manual_seed(0))
+    indices = again.encode(batch, generator=torch.Generator().manual_seed(0))
+    assert [level.shape for level in indices] == [(1, p, p) for p in SCALES]
+    assert all(torch.equal(a, b) for a, b in zip(indices, first.indices, strict=True))
+    assert torch.allclose(again.decode(indices), first.reconstruction, atol=1e-5)
+    assert not torch.allclose(again.decode(indices, levels=1), first.reconstruction, atol=1e-3)
+    with pytest.raises(ValueError, match="expected \\(B, 3, 64, 64\\)"):
+        again.encode(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        CodaTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_frozen_vae_and_weights_of_zero_load_no_network(vae, images, tmp_path):
+    settings = dataclasses.replace(
+        SMALL, steps=1, adapters="none", perceptual_weight=0.0, adversarial_weight=0.0, kind="nearest", ema=0.0
+    )
+    tokenizer = train_tokenizer(settings, vae, *images, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(tokenizer.vae.parameters(), vae.parameters(), strict=True))
+    assert not {"perceptual_effnet", "adversarial", "discriminator"} & read_log(tmp_path)[0].keys()
+
+
+def test_a_tokenizer_from_scratch_trains_every_weight_and_brings_its_own_vae(vae, images, tmp_path):
+    settings = dataclasses.replace(SMALL, steps=2, adapters=SCRATCH, kind="nearest", scales=(8,), perceptual_weight=0.0)
+    train_and_save(settings, "emoji", *images, tmp_path)
+    tokenizer = CodaTokenizer.from_pretrained(tmp_path / "tokenizer")
+    ours, theirs = tokenizer.vae.state_dict(), vae.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(not torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("conv1.weight"))
+    picture = torch.stack([images[0][i]["image"] for i in range(4)])
+    assert torch.allclose(tokenizer.vae.encode(picture), tokenizer.vae.encode(picture), atol=1e-5)  # no noise
+    start = dataclasses.replace(settings, steps=1, learning_rate=0.0, ema=0.0)
+    still = state(train_tokenizer(start, vae, *images, tmp_path / "still"))
+    moved = state(train_tokenizer(dataclasses.replace(start, learning_rate=0.01), vae, *images, tmp_path / "moved"))
+    changed = {name for name in still if not torch.equal(still[name], moved[name])}
+    assert {name.split(".")[2] for name in changed if name.startswith("vae.")} >= {"encoder", "decoder"}
+
+
+def test_fitting_a_quantizer_lowers_its_error(vae, images, tmp_path):
+    latents = encode_images(vae, images[0], 8, batch_size=4)
+    assert latents.shape == (8, 16, 8, 8)
+    settings = QuantizerSettings(
+        steps=60, batch_size=8, learning_rate=0.02, codebook_size=32, scales=SCALES, log_every=20, ema=0.0
+    )
+    fit_quantizer(settings, latents, tmp_path, latents)
+    rows = read_log(tmp_path)
+    assert rows[-1]["quantization"] < 0.7 * rows[0]["quantization"]
+    assert 0 < rows[-1]["utilization"] <= 1
+
+
+def test_evaluation_gives_every_measure(trained, images):
+    measures = ReconstructionMetrics(32, len(SCALES), frechet=None)
+    values = measure(trained[0], images[1], measures)
+    assert values == measure(trained[0], images[1], ReconstructionMetrics(32, len(SCALES), frechet=None))
+    assert {"psnr", "ssim", "quantization_error", "utilization", "utilization_level_4"} <= values.keys()
+
+
+def test_a_term_that_is_not_finite_stops_the_run(vae, images, tmp_path):
+    with pytest.raises(NonFiniteLoss, match="step"):
+        train_tokenizer(dataclasses.replace(SMALL, learning_rate=1e30, clip=1e30), vae, *images, tmp_path)
+
+
+def test_pretraining_sets_the_latent_scale(images, tmp_path):
+    settings = PretrainSettings(steps=2, batch_size=2, widths=(8, 8, 8, 8), evaluate_every=1)
+    vae = pretrain_vae(settings, *images, tmp_path)
+    assert vae.encode(images[1][0]["image"][None]).shape == (1, 16, 8, 8)
+    assert vae.scale != 1
+    assert "val_psnr" in read_log(tmp_path)[0]
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
+    settings = LoopSettings(steps=10, batch_size=1, warmup_steps=2)
+    rates = [learning_rate_factor(step, settings) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    with pytest.raises(ValueError, match="steps is 0"):
+        LoopSettings(steps=0, batch_size=1)
+
+
+def test_the_average_begins_where_it_is_told(vae, images, tmp_path):
+    latents = encode_images(vae, images[0], 8, batch_size=4)
+    settings = QuantizerSettings(steps=4, batch_size=4, codebook_size=8, scales=SCALES, ema=0.9)
+    averaged = fit_quantizer(settings, latents, tmp_path / "a").state_dict()
+    late = fit_quantizer(dataclasses.replace(settings, ema_start=4), latents, tmp_path / "b").state_dict()
+    plain = fit_quantizer(dataclasses.replace(settings, ema=0.0), latents, tmp_path / "c").state_dict()
+    assert all(torch.equal(late[name], value) for name, value in plain.items())
+    assert not all(torch.equal(averaged[name], value) for name, value in plain.items())
+
+
+def test_one_process_trains_in_float32_in_bfloat16_and_in_float32_again(vae, images, tmp_path):
+    plain = dataclasses.replace(
+        SMALL, steps=1, batch_size=1, accumulation=1, perceptual_weight=0.0, adversarial_weight=0.0
+    )
+    seen = []
+
+    def note(module, inputs, output):
+        if torch.is_grad_enabled():  # not in the validation
+            seen.append(output.dtype)
+
+    for precision in ("float32", "bfloat16", "float32"):
+        watched = load_vae("emoji")
+        watched.autoencoder.decoder.conv_out.register_forward_hook(note)
+        settings = dataclasses.replace(plain, precision=precision)
+        tokenizer = train_tokenizer(settings, watched, *images, tmp_path / str(len(seen)))
+        with torch.no_grad():
+            assert tokenizer(torch.zeros(1, 3, 64, 64)).reconstruction.dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+    assert all(row["loss"] > 0 for number in range(3) for row in read_log(tmp_path / str(number)))

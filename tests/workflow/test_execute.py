@@ -1,0 +1,179 @@
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from codalib.base.files import read_json
+from codalib.base.paths import project_folder, runs_folder
+from codalib.tools.run import main
+from codalib.workflow import execute as runner
+from codalib.workflow.dependencies import library_files
+from codalib.workflow.parameters import declared_parameters
+from codalib.workflow.profiles import StageError, profile_section
+
+PARAMETERS = 'output: str = "smoke/stage"  # folder\nsteps: int = 2  # steps\nlabel: str = "a=b"  # words'
+CHECK = """from codalib.workflow.manifest import Run
+from codalib.workflow.parameters import check_parameters
+run = Run(output, 'stage', check_parameters(globals()), seed=0)"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with one profile and no notebook yet."""
+    for name in ("profiles", "notebooks"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("codalib.workflow.profiles.project_folder", lambda: tmp_path)
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
+    (tmp_path / "profiles" / "tiny.yaml").write_text("stage:\n  steps: 3  # steps\n")
+    return tmp_path
+
+
+def write_notebook(project: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
+    path = project / "notebooks" / "stage.ipynb"
+    tagged = v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    headings = [v4.new_markdown_cell("# A stage"), tagged, v4.new_markdown_cell("## Run")]
+    nbformat.write(v4.new_notebook(cells=[*headings, *map(v4.new_code_cell, cells)]), path)
+    return path
+
+
+def test_a_notebook_runs_with_its_profile_and_leaves_a_page(project, caplog):
+    caplog.set_level(logging.INFO)
+    loop = "from tqdm.auto import tqdm\nfor i in tqdm(range(steps), desc='training'): pass"
+    path = write_notebook(project, CHECK, loop, "print('seen', steps, label)\nrun.finish()")
+    assert main([str(path), "--profile", "tiny", "-p", "label", "c"]) == 0
+    manifest = read_json(runs_folder("tiny/stage/manifest.json"))
+    assert manifest["state"] == "finished"
+    assert manifest["parameters"] == {"output": "tiny/stage", "steps": 3, "label": "c"}
+    page = (project / "reports" / "tiny" / "stage.html").read_text()
+    assert "seen 3 c" in page
+    assert "3/3" not in page
+    assert "stage: Run (cell" in caplog.text
+    assert "training: 100%" in caplog.text
+    assert "stage: seen 3 c" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-p", "stepz", "3"], "closest is `steps`"),
+        (["-p", "steps", "many"], "`steps` must be int, got 'many'"),
+        (["--profile", "huge"], "no profile 'huge'; profiles/ has tiny"),
+    ],
+)
+def test_wrong_values_stop_before_anything_runs(project, caplog, arguments, words):
+    path = write_notebook(project, "raise RuntimeError")
+    assert main([str(path), "--profile", "tiny", *arguments]) == 1
+    assert words in caplog.text
+    assert not (project / "runs" / "tiny" / "stage.ipynb").exists()
+
+
+def test_a_failing_cell_is_named_with_its_error(project, caplog):
+    path = write_notebook(project, CHECK, "raise ValueError('the disk is full')")
+    assert main([str(path), "--profile", "tiny"]) == 1
+    assert "ValueError: the disk is full" in caplog.text
+    assert (project / "runs" / "tiny" / "stage.ipynb").exists()
+    assert not (project / "reports" / "tiny" / "stage.html").exists()
+    assert read_json(runs_folder("tiny/stage/manifest.json"))["state"] == "running"
+
+
+def test_a_dead_kernel_is_called_by_its_name(project, caplog):
+    path = write_notebook(project, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert main([str(path), "--profile", "tiny"]) == 138
+    assert "want of memory" in caplog.text
+
+
+def test_a_notebook_that_runs_elsewhere_is_left_alone(project, caplog):
+    path = write_notebook(project, CHECK)
+    lock = project / "runs" / "tiny" / "stage.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main([str(path), "--profile", "tiny"]) == 1
+    assert "running already" in caplog.text
+
+
+def test_parameters_are_read_with_types_and_defaults(project):
+    notebook = nbformat.read(write_notebook(project), as_version=4)
+    assert declared_parameters(notebook) == {
+        "output": ("str", "smoke/stage"),
+        "steps": ("int", 2),
+        "label": ("str", "a=b"),
+    }
+    with pytest.raises(StageError, match="exactly one cell"):
+        declared_parameters(v4.new_notebook())
+
+
+def test_a_section_for_no_notebook_is_refused(project):
+    write_notebook(project)
+    assert profile_section("tiny", "stage") == {"steps": 3}
+    assert profile_section("tiny", "other") == {}
+    (project / "profiles" / "tiny.yaml").write_text("stge:\n  steps: 3\n")
+    with pytest.raises(StageError, match="sections of no notebook: stge"):
+        profile_section("tiny", "stage")
+    (project / "profiles" / "tiny.yaml").write_text("stage: 3\n")
+    with pytest.raises(StageError, match="must map names to values"):
+        profile_section("tiny", "stage")
+
+
+def test_progress_bars_become_a_line_now_and_then(caplog):
+    caplog.set_level(logging.INFO)
+    progress = runner._Progress("stage", v4.new_notebook(cells=[]))
+    for step in range(100):
+        progress.write(f"\r{step}%|")
+    progress.write("\r100%| done\nand a message\nhalf a ")
+    progress.write("line\n")
+    assert [record.getMessage() for record in caplog.records] == [
+        "stage: 0%|",
+        "stage: 100%| done",
+        "stage: and a message",
+        "stage: half a line",
+    ]
+
+
+def test_modules_behind_a_notebook_are_followed(tmp_path):
+    def needs(name, code):
+        path = tmp_path / f"{name}.ipynb"
+        nbformat.write(v4.new_notebook(cells=[v4.new_code_cell(code)]), path)
+        return {Path(file).stem for file in library_files(path)}
+
+    drawing = "from codalib.reporting.figures import show\nfrom codalib import Tokens"
+    assert {"figures", "paper", "tokens"} <= needs("fig1", drawing)
+    assert needs("01_train", drawing) == {"tokens"}  # a changed colour trains nothing again
+    trained = needs("01_train", "from codalib import CodaTokenizer")
+    assert {"tokenizer", "quantizer", "assignment", "vae", "files", "library_quantizers"} <= trained
+    assert not {"figures", "display", "tables", "pages", "manifest", "execute"} & trained
+    assert needs("01_train", "import codalib.models.losses as x") == needs(
+        "01_train", "from codalib.models import losses"
+    )
+    with pytest.raises(ValueError, match=r"imports codalib\.quantize, expected modules of codalib"):
+        needs("01_train", "import codalib.quantize")
+    assert all(os.path.exists(file) for file in library_files(tmp_path / "fig1.ipynb"))
+
+
+@pytest.mark.parametrize("path", sorted((project_folder() / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_notebook_depends_on_modules_that_exist(path):
+    files = library_files(path)
+    assert len(files) > 5
+    assert all(Path(file).exists() for file in files)
+    assert not path.stem[0].isdigit() or not [file for file in files if "reporting" in file]
+
+
+def test_a_notebook_keeps_the_outputs_of_its_checked_cells_only(project):
+    (project / "profiles" / "smoke.yaml").write_text("")
+    path = write_notebook(project, CHECK, "print('loose')\nsteps", "print('checked')\nsteps")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata.tags = ["nbval-check-output"]
+    nbformat.write(notebook, path)
+    assert main([str(path), "--keep-checked"]) == 0
+    kept = nbformat.read(path, as_version=4)
+    assert [cell.source for cell in kept.cells] == [cell.source for cell in notebook.cells]
+    assert kept.cells[-1].execution_count == 4
+    assert [output.get("text") or output.data["text/plain"] for output in kept.cells[-1].outputs] == ["checked\n", "2"]
+    assert all(not cell.outputs and not cell.execution_count for cell in kept.cells[:-1] if cell.cell_type == "code")
+    with pytest.raises(SystemExit):
+        main([str(path), "--keep-checked", "-p", "steps", "3"])
