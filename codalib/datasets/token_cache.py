@@ -208,7 +208,7 @@ def _encode(
         columns["view"].append(views.numpy().astype(np.int32))
     if not columns["label"]:
         empty = np.zeros(0, np.int32)
-        return {"indices": np.zeros((0, tokenizer.tokens), kind), "label": empty, "image": empty, "view": empty}
+        return {"indices": np.zeros((0, tokenizer.num_tokens), kind), "label": empty, "image": empty, "view": empty}
     return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 

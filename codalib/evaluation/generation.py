@@ -1,9 +1,9 @@
 """Measure generated images: Frechet distance, precision and recall, the asked class, copies of training images.
 
-A method is a way to draw samples (`Sampling`) from one generator, or one of six that need none and say what a number
-means: the validation images, as many training images, the tokenizer's reconstructions of both (those of the training
-images are what a perfect generator of tokens would give: new pictures), and reconstructions of shuffled tokens: what a
-generator gives that knows nothing but how often each code stands at each place, or in each level.
+A method is a way to draw samples (`SamplerConfig`) from one generator, or one of six that need none and say what a
+number means: the validation images, as many training images, the tokenizer's reconstructions of both (those of the
+training images are what a perfect generator of tokens would give: new pictures), and reconstructions of shuffled
+tokens: what a generator gives that knows nothing but how often each code stands at each place, or in each level.
 
 Every number comes from the pooled features of one network, "fid" from Inception and "fd_effnet" from EfficientNet; the
 class is told, and copies are looked for, in EfficientNet's. The work is shared by the processes of
@@ -59,7 +59,7 @@ PROBE_RIDGE = 0.1
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerConfig:
     """How samples are drawn: the arguments of `models.sampling.generate`."""
 
     steps: int = 8
@@ -97,8 +97,8 @@ class GenerationSettings:
             raise ValueError(f"samples is {self.samples}, expected at least 2")
 
 
-def sweep(base: Sampling, **values: Sequence[Any]) -> dict[str, Sampling]:
-    """Every combination of the VALUES of some fields, by a name that says them: sweep(Sampling(), steps=(8, 32))."""
+def sweep(base: SamplerConfig, **values: Sequence[Any]) -> dict[str, SamplerConfig]:
+    """Every combination of the VALUES of some fields, by a name that says them: sweep(base, steps=(8, 32))."""
     samplings = {}
     for combination in itertools.product(*values.values()):
         changed = dict(zip(values, combination, strict=True))
@@ -190,7 +190,7 @@ class Reference:
     train: Tensor | None  # EfficientNet's, of the training images
     unseen: Tensor | None  # (N,) distances of the validation images to their nearest training image
 
-    def measure(self, columns: Mapping[str, Tensor], asked: Tensor) -> dict[str, float]:
+    def evaluate(self, columns: Mapping[str, Tensor], asked: Tensor) -> dict[str, float]:
         """The measures of some images, from their columns "frechet" (N, D) and "effnet" and their labels (N,)."""
         features = columns["frechet"]
         values = {self.distance.name: frechet_distance(*moments(self.features), *moments(features))}
@@ -242,7 +242,7 @@ def evaluate_generator(
     settings: GenerationSettings,
     generator: str | None,
     tokenizer: str,
-    samplings: Mapping[str, Sampling],
+    samplings: Mapping[str, SamplerConfig],
     folder: str | Path,
     baselines: Sequence[str] = BASELINES,
 ) -> None:
@@ -289,7 +289,7 @@ def read_generated(
     settings: GenerationSettings,
     generator: str | None,
     tokenizer: str,
-    samplings: Mapping[str, Sampling],
+    samplings: Mapping[str, SamplerConfig],
     folder: str | Path,
     baselines: Sequence[str] = BASELINES,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -307,7 +307,7 @@ def generated_file(
     settings: GenerationSettings,
     generator: str | None,
     tokenizer: str,
-    sampling: Sampling | None,
+    sampling: SamplerConfig | None,
 ) -> Path:
     """Where a method's result lies; the name changes with everything that decides the numbers."""
     models = [tokenizer] if sampling is None else [tokenizer, generator]
@@ -379,7 +379,7 @@ class _Stage:
         unseen = nearest(self.real["val"].get("effnet", self.real["val"]["frechet"]), train)[0]
         return Reference(self.settings, self.distance, features, probe, train, unseen)
 
-    def columns(self, name: str, sampling: Sampling | None) -> tuple[dict[str, Tensor], Tensor]:
+    def columns(self, name: str, sampling: SamplerConfig | None) -> tuple[dict[str, Tensor], Tensor]:
         """The columns of a method's images and the labels that they were asked for."""
         labels = self.val.labels
         if name == VALIDATION:
@@ -435,7 +435,9 @@ class _Stage:
             levels = split_levels(tokens[part].to(self.device), self.tokenizer.quantizer.scales)
             yield part, self._features(self.tokenizer.decode(levels))
 
-    def _drawn(self, sampling: Sampling, images: Tensor, numbers: range) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _drawn(
+        self, sampling: SamplerConfig, images: Tensor, numbers: range
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         for part in torch.tensor(numbers).split(self.settings.batch_size):
             started = time.monotonic()
             noise = sample_generators(self.settings.seed, part.tolist())

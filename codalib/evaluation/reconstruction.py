@@ -76,7 +76,7 @@ def evaluate_models(
         model.to(accelerator.device)
         measures = _measures(settings, model, frechet, perceptual)
         share = accelerator.process_index, accelerator.num_processes
-        values = measure(model, images, measures, settings.batch_size, settings.seed, *share, settings.workers)
+        values = evaluate(model, images, measures, settings.batch_size, settings.seed, *share, settings.workers)
         protocol = measures.protocol()
         frechet = frechet and measures.frechet.with_same_reference()
         row = {"method": name, **_size(model), "images": int(measures.images.compute()), **values}
@@ -120,7 +120,7 @@ def file_stamps(name: str) -> list[Any]:
 
 
 @torch.no_grad()
-def measure(
+def evaluate(
     model: CodaTokenizer | ContinuousVAE,
     images: ImageDataset,
     measures: ReconstructionMetrics,
@@ -153,7 +153,7 @@ def measure(
 
 
 @torch.no_grad()
-def measure_levels(
+def evaluate_levels(
     model: CodaTokenizer,
     images: ImageDataset,
     measures: Sequence[ReconstructionMetrics],

@@ -368,7 +368,7 @@ CLAIMS = {
         Claim(
             id="more_steps",
             title="32 steps beat 8",
-            statement="Sampling with 32 steps gives better images than with 8.",
+            statement="SamplerConfig with 32 steps gives better images than with 8.",
             source="Table 3, Section 5.2",
             caution="Seeds are those of the draws from one generator; other generators were not trained.",
             comparisons=(Comparison("3", "fid", "CODA MaskGIT-L, 8 steps", "CODA MaskGIT-L, 32 steps"),),

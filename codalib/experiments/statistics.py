@@ -16,7 +16,7 @@ TEST = "one-sided t-test"
 SPREAD_SUFFIX = "_std"
 
 
-def judge(
+def claim_verdict(
     claim: str, improvements: Sequence[float], effect: str, margin: float = 0.0, detail: str = "", setting: str = ""
 ) -> dict[str, str]:
     """The verdict on a claim of the paper, computed from what the runs measured.

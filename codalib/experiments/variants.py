@@ -155,7 +155,7 @@ def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any
     """
     if folder is None:
         quantizer = CodaTokenizer.from_pretrained("emoji").quantizer
-        size = {"tokens": quantizer.tokens, "codebook_size": quantizer.codebook_size}
+        size = {"tokens": quantizer.num_tokens, "codebook_size": quantizer.codebook_size}
         return [{"method": "CODA", "seed": 0, "tokenizer": "emoji"} | size]
     rows = [row for row in _read(folder) if setting in row["settings"]]
     kept = ("method", "seed", "tokens", "codebook_size", "tokenizer", "learning_rate", "steps", "seconds")

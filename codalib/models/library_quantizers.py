@@ -79,7 +79,7 @@ class LibraryQuantizer(nn.Module):
         self.inner, self.codebook_size = inner, codebook_size
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens of one image: the sum of p^2 over the levels."""
         return sum(p * p for p in self.scales)
 

@@ -75,7 +75,7 @@ def sample_mask(
     """Which tokens are hidden in training: (B, L) bool, at least one a sample, on the CPU.
 
     Args:
-        ratio: how the share of hidden tokens is drawn: "cosine", cos(u pi / 2) with u uniform (MaskGIT's), or "beta",
+        ratio: how the share of masked tokens is drawn: "cosine", cos(u pi / 2) with u uniform (MaskGIT's), or "beta",
             a Beta(12, 3).
         coarse_first: share of the samples in which the visible tokens fill the levels coarse to fine, as decoding in
             that order meets them, instead of lying anywhere (the paper's, 0).
@@ -92,7 +92,7 @@ def sample_mask(
     order = torch.rand(batch, len(levels), generator=generator)
     in_levels = torch.rand(batch, 1, generator=generator) < coarse_first
     order = torch.where(in_levels, order + levels, order)  # below 1, so that it orders tokens within a level alone
-    rank = order.argsort(dim=1).argsort(dim=1)  # (B, L), 0 is uncovered first
+    rank = order.argsort(dim=1).argsort(dim=1)  # (B, L), 0 is unmasked first
     return rank >= len(levels) - hidden[:, None]
 
 
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 class MaskGIT(nn.Module):
-    """Predicts hidden tokens from visible ones and a condition (section 4.3 of arXiv:2503.17760).
+    """Predicts masked tokens from visible ones and a condition (section 4.3 of arXiv:2503.17760).
 
     Args:
         codebook_size: K; the token K is the mask.
@@ -176,7 +176,7 @@ class MaskGIT(nn.Module):
             self.register_buffer("code_values", code_values.detach().clone().float())
             self.code_projection = nn.Linear(self.code_channels, width, bias=False)
         self.levels = nn.Embedding(len(self.scales), width)
-        self.positions = nn.Parameter(torch.empty(self.tokens if level_positions else max(self.scales) ** 2, width))
+        self.positions = nn.Parameter(torch.empty(self.num_tokens if level_positions else max(self.scales) ** 2, width))
         self.register_buffer("token_levels", token_levels(self.scales), persistent=False)
         if num_classes is not None:
             self.classes = nn.Embedding(num_classes + 1, width)  # the last is no class
@@ -204,7 +204,7 @@ class MaskGIT(nn.Module):
         return cls(codebook_size, scales, **{"width": width, "depth": depth, "heads": heads} | settings)
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens of one image."""
         return sum(p * p for p in self.scales)
 
@@ -216,7 +216,7 @@ class MaskGIT(nn.Module):
     def is_conditional(self) -> bool:
         return self.num_classes is not None or self.text_dim is not None
 
-    def hidden(self, tokens: Tensor, condition: Condition = None, dropped: Tensor | None = None) -> Tensor:
+    def features(self, tokens: Tensor, condition: Condition = None, dropped: Tensor | None = None) -> Tensor:
         """Tokens (B, L) in [0, K], K where hidden -> what the head reads, (B, L, D).
 
         Args:
@@ -225,8 +225,8 @@ class MaskGIT(nn.Module):
         Raises:
             ValueError: another length, a condition of another kind, or a label out of range.
         """
-        if tokens.ndim != 2 or tokens.shape[1] != self.tokens:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)} got, expected (B, {self.tokens})")
+        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)} got, expected (B, {self.num_tokens})")
         self.check_condition(condition, len(tokens))
         if dropped is None:
             dropped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -245,11 +245,11 @@ class MaskGIT(nn.Module):
         x = self.dropout(self.input_norm(x))
         for block in self.blocks:
             x = block(x, attended)
-        return self.output_norm(x[:, -self.tokens :])
+        return self.output_norm(x[:, -self.num_tokens :])
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What `hidden` gave, at any positions (..., D) -> logits of the codes (..., K)."""
-        return F.linear(hidden, self._head_weight(), self.head.bias)
+    def logits(self, features: Tensor) -> Tensor:
+        """What `features` gave, at any positions (..., D) -> logits of the codes (..., K)."""
+        return F.linear(features, self._head_weight(), self.head.bias)
 
     def forward(
         self,
@@ -259,7 +259,7 @@ class MaskGIT(nn.Module):
         dropped: Tensor | None = None,
         label_smoothing: float = 0.1,
     ) -> Tensor:
-        """The loss of Eq. 12: mean cross-entropy in nats at the hidden tokens, without their (tokens x K) logits.
+        """The loss of Eq. 12: mean cross-entropy in nats at the masked tokens, without their (tokens x K) logits.
 
         Args:
             tokens: (B, L) the image's tokens.
@@ -267,7 +267,7 @@ class MaskGIT(nn.Module):
             condition, dropped: see `hidden`.
             label_smoothing: share of the target that is spread evenly over all codes.
         """
-        hidden = self.hidden(tokens.masked_fill(mask, self.mask_token), condition, dropped)
+        hidden = self.features(tokens.masked_fill(mask, self.mask_token), condition, dropped)
         return linear_cross_entropy(hidden[mask], self._head_weight(), tokens[mask], self.head.bias, label_smoothing)
 
     def check_condition(self, condition: Condition, batch: int) -> None:

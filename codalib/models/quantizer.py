@@ -109,7 +109,7 @@ class ResidualQuantizer(nn.Module):
     # -- the shared scheme -------------------------------------------------------------------------------------------
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens of one image: the sum of p^2 over the levels."""
         return sum(p * p for p in self.scales)
 
@@ -225,7 +225,7 @@ class ResidualQuantizer(nn.Module):
         return values if p == side else F.interpolate(values, size=(side, side), mode="bicubic")
 
     def _backend_for(self, latents: Tensor) -> str:
-        return resolve_backend(self.backend, latents.device, len(latents) * self.tokens, self.codebook_size)
+        return resolve_backend(self.backend, latents.device, len(latents) * self.num_tokens, self.codebook_size)
 
     def _checked_latents(self, latents: Tensor) -> Tensor:
         side = self.scales[-1]

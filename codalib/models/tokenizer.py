@@ -64,9 +64,9 @@ class CodaTokenizer(nn.Module):
         return self.quantizer.scales[-1] * self.vae.downsampling
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Indices an image."""
-        return self.quantizer.tokens
+        return self.quantizer.num_tokens
 
     def forward(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> TokenizerOutput:
         """Encode, quantize and decode images (B, 3, h, w) in [-1, 1].

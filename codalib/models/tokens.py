@@ -41,7 +41,7 @@ class Tokens(list[Tensor]):
 
     @property
     def used(self) -> list[int]:
-        """How many different codes each level uses; hidden tokens, -1, are none."""
+        """How many different codes each level uses; masked tokens, -1, are none."""
         return [len(level[level >= 0].unique()) for level in self]
 
     @property
@@ -55,7 +55,7 @@ class Tokens(list[Tensor]):
         return Tokens((level[images] for level in self), self.codebook_size)
 
     def with_token(self, level: int, row: int, column: int, code: int) -> "Tokens":
-        """A copy in which one token of every image is another; a code of -1 hides it (see `decode(partial=True)`).
+        """A copy in which one token of every image is another; a code of -1 masks it (see `decode(partial=True)`).
 
         Raises ValueError for a place outside the level's grid and for a code outside [-1, K).
         """

@@ -104,7 +104,7 @@ def tokens_html(tokens: Any) -> str:
 def tokenizer_html(tokenizer: Any) -> str:
     """A `CodaTokenizer`'s parts and sizes, and what its first codes look like: a whole latent grid of each, decoded."""
     vae, quantizer = tokenizer.vae, tokenizer.quantizer
-    side, bits = tokenizer.resolution, tokenizer.tokens * math.log2(quantizer.codebook_size)
+    side, bits = tokenizer.resolution, tokenizer.num_tokens * math.log2(quantizer.codebook_size)
     adapters = sum(p.numel() for name, p in vae.named_parameters() if "lora" in name)
     in_vae = sum(p.numel() for p in vae.parameters()) - adapters
     rows = [
@@ -114,7 +114,8 @@ def tokenizer_html(tokenizer: Any) -> str:
     ]
     head = (
         f"<b>CodaTokenizer</b>: images (B, 3, {side}, {side}) to {len(quantizer.scales)} levels of sides "
-        f"{', '.join(map(str, quantizer.scales))}: {tokenizer.tokens:,} tokens of {quantizer.codebook_size:,} codes, "
+        f"{', '.join(map(str, quantizer.scales))}: {tokenizer.num_tokens:,} tokens of "
+        f"{quantizer.codebook_size:,} codes, "
         f"{bits:,.0f} bits an image, {3 * 8 * side * side / bits:.1f} times fewer than its pixels"
     )
     body = f"{head}{table(['part', 'what', 'parameters'], rows)}"

@@ -131,7 +131,7 @@ class Frame:
     """A moment of `unmask`, of B images."""
 
     number: int  # the step, from 1
-    uncovered: Tensor  # (B,) tokens that are known
+    unmasked: Tensor  # (B,) tokens that are known
     known: Tensor  # (B, 3, h, w): what they alone decode to
     guess: Tensor  # (B, 3, h, w): with this step's draw for all others
 
@@ -153,12 +153,12 @@ def unmask(
         steps = [steps[int(i)] for i in torch.linspace(0, len(steps) - 1, most).round()]
     frames = []
     for step in steps:
-        uncovered = sum((level >= 0).flatten(1).sum(dim=1) for level in step.indices)
+        unmasked = sum((level >= 0).flatten(1).sum(dim=1) for level in step.indices)
         known = tokenizer.decode(step.indices, partial=True).cpu()
-        frames.append(Frame(step.number + 1, uncovered.cpu(), known, tokenizer.decode(step.drawn).cpu()))
+        frames.append(Frame(step.number + 1, unmasked.cpu(), known, tokenizer.decode(step.drawn).cpu()))
     return tokens, frames
 
 
-def hidden_cells(tokens: Sequence[Tensor]) -> list[int]:
+def masked_cells(tokens: Sequence[Tensor]) -> list[int]:
     """How many tokens of the first image are hidden at each level."""
     return [int((level[0] < 0).sum()) for level in tokens]

@@ -164,7 +164,7 @@ def usage_per_level(usage: Mapping[str, Sequence[float]], scales: Sequence[int],
 
 
 @styled
-def ladder(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Figure:
+def ablation_bars(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Figure:
     """Bars of each measure for each method, one panel a measure.
 
     Args:

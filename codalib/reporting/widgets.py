@@ -230,7 +230,7 @@ class EditExplorer(Explorer):
         self.draw()
 
     def edit(self, code: int) -> None:
-        """Put CODE at the level and cell that are pointed at; -1 hides the token."""
+        """Put CODE at the level and cell that are pointed at; -1 masks the token."""
         self.tokens = self.tokens.with_token(self.level.value - 1, *self.picture.cell, code)
         self.changed += 1
         self.draw()
@@ -443,7 +443,7 @@ def _bars(codes: list[int], scores: list[float]) -> str:
 
 
 def _frame(frame: Frame) -> str:
-    known = [_captioned(image, f"{int(n)} known") for image, n in zip(frame.known, frame.uncovered, strict=True)]
+    known = [_captioned(image, f"{int(n)} known") for image, n in zip(frame.known, frame.unmasked, strict=True)]
     guess = [_captioned(image, f"step {frame.number}") for image in frame.guess]
     return f"{_cells(known)}{_cells(guess)}"
 

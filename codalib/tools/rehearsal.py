@@ -178,7 +178,7 @@ def rehearse(
         critic = build_discriminator(settings.discriminator_network, settings.adversarial_weight)
         found["parameters"] = count_parameters(tokenizer, perceptual, critic)
         found["latents"] = [channels, side, side]
-        found["tokens"] = tokenizer.tokens
+        found["tokens"] = tokenizer.num_tokens
     finally:
         shutil.rmtree(work, ignore_errors=True)
     found |= {

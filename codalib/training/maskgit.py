@@ -17,7 +17,7 @@ from codalib.training.settings import MaskGITSettings
 from codalib.training.trainer import Loop, autocast
 
 log = logging.getLogger(__name__)
-SCORED_ROWS = 16_384  # hidden tokens whose logits are held at once in validation
+SCORED_ROWS = 16_384  # masked tokens whose logits are held at once in validation
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -40,8 +40,8 @@ def train_maskgit(
 ) -> MaskGIT:
     """Train a generator on cached tokens, resuming what `folder` holds, and return it with averaged weights, frozen.
 
-    Logs `loss` (with label smoothing) and at every evaluation what `measures_from` names. Every process takes its share
-    of a step and of the validation; the processes' losses are averaged as they are, though each hides another number
+    Logs `loss` (with label smoothing) and at every evaluation what `metrics_from` names. Every process takes its share
+    of a step and of the validation; the processes' losses are averaged as they are, though each masks another number
     of tokens.
 
     Args:
@@ -117,7 +117,7 @@ def train_maskgit(
         with autocast(settings.precision, accelerator.device):
             sums = validation_sums(model, val, condition_of, settings.batch_size, settings.seed, *share)
         model.train()
-        return measures_from(accelerator.reduce(sums.to(accelerator.device), "sum").cpu())
+        return metrics_from(accelerator.reduce(sums.to(accelerator.device), "sum").cpu())
 
     loop.run(batches, train_step, evaluate, "MaskGIT")
     loop.load_averaged()
@@ -177,7 +177,7 @@ def condition_from(
 def validation_sums(
     model: MaskGIT, cache: TokenCache, condition_of, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
 ) -> Tensor:
-    """Sums over a cache's first view that `measures_from` turns into measures: (levels, 3) float64, on the CPU.
+    """Sums over a cache's first view that `metrics_from` turns into measures: (levels, 3) float64, on the CPU.
 
     For each level: the cross-entropy (nats, without label smoothing), how many tokens are right, how many were hidden.
     Which tokens of an image are hidden (cosine) depends on the seed and the image alone. Process `rank` of `world`
@@ -192,7 +192,7 @@ def validation_sums(
             sample_mask(1, model.scales, generator=own) for own in sample_generators(seed, batch["index"].tolist())
         ]
         tokens, mask = batch["tokens"].to(device), torch.cat(masks).to(device)
-        hidden = model.hidden(tokens.masked_fill(mask, model.mask_token), condition_of(batch))[mask]  # (M, D)
+        hidden = model.features(tokens.masked_fill(mask, model.mask_token), condition_of(batch))[mask]  # (M, D)
         targets, levels = tokens[mask], model.token_levels.expand_as(tokens)[mask]
         for part in torch.arange(len(targets), device=device).split(max(1, SCORED_ROWS)):
             logits = model.logits(hidden[part]).float()  # (M, K)
@@ -202,8 +202,8 @@ def validation_sums(
     return sums
 
 
-def measures_from(sums: Tensor) -> dict[str, float]:
-    """`val_loss` (nats a hidden token), `val_accuracy`, and both `_level_1`, ... for the levels that hid a token."""
+def metrics_from(sums: Tensor) -> dict[str, float]:
+    """`val_loss` (nats a masked token), `val_accuracy`, and both `_level_1`, ... for the levels that hid a token."""
     loss, right, hidden = sums.sum(0).tolist()
     measures = {"val_loss": loss / hidden, "val_accuracy": right / hidden}
     for name, column in (("val_loss", 0), ("val_accuracy", 1)):

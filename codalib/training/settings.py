@@ -146,7 +146,7 @@ class MaskGITSettings(LoopSettings):
     level_positions: bool = True  # position embeddings of each level's own; False: one set (ablation)
     code_embeddings: bool = False  # the tokenizer's code values join the learned embeddings
     latent_context: bool = False  # what the visible tokens sum up to joins the embeddings; needs code_embeddings (ours)
-    mask_ratio: str = "cosine"  # how the share of hidden tokens is drawn: "cosine" or "beta" (12, 3)
+    mask_ratio: str = "cosine"  # how the share of masked tokens is drawn: "cosine" or "beta" (12, 3)
     coarse_first: float = 0.0  # share of masks whose visible tokens fill the levels coarse to fine
     label_smoothing: float = 0.1
     dropout: float = 0.1

@@ -10,7 +10,6 @@ from torch import Tensor
 from codalib.base.processes import make_accelerator
 from codalib.datasets.images import ImageDataset, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
-from codalib.evaluation.reconstruction import measure
 from codalib.models.discriminator import build_discriminator, frozen, real_and_fake
 from codalib.models.losses import (
     adaptive_weight,
@@ -125,8 +124,8 @@ def train_tokenizer(
         terms = reconstruction_terms(images, output.reconstruction, perceptual)
         factors = {}
         if discriminator is not None:
-            with frozen(critic) as judge, autocast(settings.precision, accelerator.device):
-                adversarial = generator_hinge(judge(output.reconstruction))
+            with frozen(critic) as adversary, autocast(settings.precision, accelerator.device):
+                adversarial = generator_hinge(adversary(output.reconstruction))
             # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
             adaptive = adaptive_weight(
                 weighted_sum(terms, weights), adversarial, output.quantized if anchor is None else anchor
@@ -158,7 +157,7 @@ def train_tokenizer(
     def evaluate() -> dict[str, float]:
         measures = ReconstructionMetrics(settings.codebook_size, len(settings.scales), frechet=None)
         share = accelerator.process_index, accelerator.num_processes
-        values = measure(
+        values = evaluate(
             tokenizer,
             val,
             measures.to(accelerator.device),

@@ -10,7 +10,7 @@ from codalib.evaluation.generation import (
     BASELINES,
     GenerationSettings,
     LinearProbe,
-    Sampling,
+    SamplerConfig,
     asked_images,
     class_accuracy,
     evaluate_generator,
@@ -36,7 +36,7 @@ SCALES = (1, 2, 8)
 SETTINGS = GenerationSettings(
     "emoji", val_limit=12, train_limit=24, batch_size=5, frechet="fd_effnet", frechet_resolution=32
 )
-SAMPLINGS = sweep(Sampling(steps=2), guidance=(0.0, 2.0))
+SAMPLINGS = sweep(SamplerConfig(steps=2), guidance=(0.0, 2.0))
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -117,14 +117,14 @@ def test_the_inception_score_is_between_one_and_the_classes():
 
 
 def test_a_sweep_names_every_combination():
-    found = sweep(Sampling(order="coarse-to-fine"), steps=(8, 32), guidance=(0.0, 1.5))
+    found = sweep(SamplerConfig(order="coarse-to-fine"), steps=(8, 32), guidance=(0.0, 1.5))
     assert list(found) == [
         "steps 8, guidance 0",
         "steps 8, guidance 1.5",
         "steps 32, guidance 0",
         "steps 32, guidance 1.5",
     ]
-    assert found["steps 32, guidance 1.5"] == Sampling(steps=32, guidance=1.5, order="coarse-to-fine")
+    assert found["steps 32, guidance 1.5"] == SamplerConfig(steps=32, guidance=1.5, order="coarse-to-fine")
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_what_is_measured_is_not_measured_again(models, measured, monkeypatch):
     evaluate_generator(dataclasses.replace(SETTINGS, batch_size=3), *models[:2], SAMPLINGS, measured)
     assert files == sorted(path.stat().st_mtime_ns for path in measured.rglob("*.json"))
     with pytest.raises(pytest.fail.Exception, match="drawn again"):
-        evaluate_generator(SETTINGS, *models[:2], {"new": Sampling(steps=1)}, measured)
+        evaluate_generator(SETTINGS, *models[:2], {"new": SamplerConfig(steps=1)}, measured)
 
 
 def train_and_measure(settings, cache, folder, *arguments):
@@ -226,7 +226,7 @@ def test_two_processes_train_and_measure_as_one_does(models, measured, tmp_path)
 
 def test_captions_are_asked_for(models, tmp_path):
     settings = dataclasses.replace(SETTINGS, samples=6, train_limit=0)
-    samplings = {"plain": Sampling(steps=1, guidance=1.0)}
+    samplings = {"plain": SamplerConfig(steps=1, guidance=1.0)}
     evaluate_generator(settings, models[2], models[1], samplings, tmp_path)  # no baseline needs the whole training set
     (*baselines, row), _ = read_generated(settings, models[2], models[1], samplings, tmp_path)
     assert [baseline["samples"] for baseline in baselines] == [12, 6, 6, 6, 6, 6]
@@ -256,6 +256,6 @@ def test_another_tokenizers_generator_and_bad_names_are_refused(models, tmp_path
     with pytest.raises(ValueError, match="baseline 'noise' got, expected some of validation images"):
         evaluate_generator(SETTINGS, *models[:2], SAMPLINGS, tmp_path, ("noise",))
     with pytest.raises(ValueError, match="give it another name"):
-        evaluate_generator(SETTINGS, *models[:2], {"tokenizer": Sampling()}, tmp_path)
+        evaluate_generator(SETTINGS, *models[:2], {"tokenizer": SamplerConfig()}, tmp_path)
     with pytest.raises(ValueError, match="samples is 1"):
         dataclasses.replace(SETTINGS, samples=1)

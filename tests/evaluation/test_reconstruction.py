@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 
 from codalib.base.processes import launch
+from codalib.evaluation import reconstruction
 from codalib.evaluation.metrics import ReconstructionMetrics, psnr
 from codalib.evaluation.reconstruction import (
     EvaluationSettings,
+    evaluate_levels,
     evaluate_models,
     file_stamps,
-    measure,
-    measure_levels,
     measured_file,
     read_measured,
 )
@@ -70,7 +70,7 @@ def test_a_measured_model_is_not_measured_again_until_something_changes(alone, m
     def refuse(*arguments):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("codalib.evaluation.reconstruction.measure", refuse)
+    monkeypatch.setattr("codalib.evaluation.reconstruction.evaluate", refuse)
     evaluate_models(SETTINGS, VAES, TOKENIZERS, alone)
     other = EvaluationSettings("emoji", 64, val_limit=7, batch_size=2, frechet_resolution=64, seed=1)
     with pytest.raises(AssertionError, match="measured again"):
@@ -139,11 +139,11 @@ def test_the_files_behind_an_embedded_name_are_those_of_the_tokenizer_and_of_its
 
 def test_the_levels_together_are_the_whole(tmp_path):
     model, images = CodaTokenizer.from_pretrained("emoji"), SETTINGS.load_images()
-    found = measure_levels(model, images, [ReconstructionMetrics(frechet=None) for _ in range(10)], batch_size=3)
-    whole = measure(model, images, ReconstructionMetrics(1024, 10, frechet=None), batch_size=4)
+    found = evaluate_levels(model, images, [ReconstructionMetrics(frechet=None) for _ in range(10)], batch_size=3)
+    whole = reconstruction.evaluate(model, images, ReconstructionMetrics(1024, 10, frechet=None), batch_size=4)
     for name in ("psnr", "ssim", "quantization_error"):
         assert found[-1][name] == pytest.approx(whole[name], rel=1e-4)
     errors = [row["quantization_error"] for row in found]
     assert errors == sorted(errors, reverse=True)
     with pytest.raises(ValueError, match="1 sets of measures got, expected 10"):
-        measure_levels(model, images, [ReconstructionMetrics(frechet=None)], batch_size=7)
+        evaluate_levels(model, images, [ReconstructionMetrics(frechet=None)], batch_size=7)

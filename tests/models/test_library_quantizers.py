@@ -29,7 +29,7 @@ def test_decoding_the_indices_gives_what_forward_gives(kind, latents):
     assert all(torch.equal(one, two) for one, two in zip(indices, out.indices, strict=True))
     assert torch.allclose(quantizer.decode(indices), out.quantized, atol=1e-5)
     assert max(level.max().item() for level in indices) < quantizer.codebook_size
-    assert quantizer.tokens == 48
+    assert quantizer.num_tokens == 48
 
 
 @pytest.mark.parametrize("kind", KINDS)

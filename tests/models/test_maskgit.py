@@ -42,7 +42,7 @@ def captions(count=4, length=5, width=6):
 def test_l_has_the_papers_number_of_parameters(scales, tokens):
     with torch.device("meta"):
         model = MaskGIT.preset("L", codebook_size=16384, scales=scales, num_classes=1000)
-    assert model.tokens == tokens
+    assert model.num_tokens == tokens
     assert (model.width, model.depth, model.heads) == (768, 24, 16)
     count = sum(p.numel() for p in model.parameters())
     assert abs(count / 195e6 - 1) < 0.02 if scales == MAR_SCALES else count < 200e6
@@ -102,14 +102,14 @@ def test_masks_that_follow_levels_show_coarse_tokens_first():
 def test_the_loss_is_the_cross_entropy_of_hidden_tokens_alone():
     model, (tokens, mask) = small(num_classes=3), batch()
     labels = torch.tensor([0, 1, 2, 0])
-    logits = model.logits(model.hidden(tokens.masked_fill(mask, K), labels))  # (B, L, K)
+    logits = model.logits(model.features(tokens.masked_fill(mask, K), labels))  # (B, L, K)
     assert logits.shape == (4, 14, K)
     wanted = F.cross_entropy(logits[mask], tokens[mask], label_smoothing=0.1)
     torch.testing.assert_close(model(tokens, mask, labels), wanted)
     changed = tokens.clone()
     changed[mask] = (changed[mask] + 1) % K  # another answer, the same question
     assert torch.equal(
-        model.hidden(changed.masked_fill(mask, K), labels), model.hidden(tokens.masked_fill(mask, K), labels)
+        model.features(changed.masked_fill(mask, K), labels), model.features(tokens.masked_fill(mask, K), labels)
     )
     model(tokens, mask, labels).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -120,7 +120,7 @@ def test_every_position_sees_every_other():
     embedded = model.codes.weight.detach()[tokens].requires_grad_()
     model._code_embeddings = lambda _: embedded
     for position in (0, 7, 13):
-        (grad,) = torch.autograd.grad(model.hidden(tokens)[0, position].square().sum(), embedded)
+        (grad,) = torch.autograd.grad(model.features(tokens)[0, position].square().sum(), embedded)
         assert (grad[0].abs().sum(dim=1) > 0).all()
 
 
@@ -142,9 +142,9 @@ def test_a_dropped_condition_is_not_seen():
 def test_padding_behind_a_caption_changes_nothing():
     model, (tokens, _), text = small(text_dim=6), batch(), captions()
     longer = TextCondition(F.pad(text.embeddings, (0, 0, 0, 3), value=9.0), F.pad(text.mask, (0, 3)))
-    torch.testing.assert_close(model.hidden(tokens, text), model.hidden(tokens, longer))
+    torch.testing.assert_close(model.features(tokens, text), model.features(tokens, longer))
     noisy = TextCondition(torch.where(text.mask[..., None], text.embeddings, 7.0), text.mask)
-    torch.testing.assert_close(model.hidden(tokens, text), model.hidden(tokens, noisy))
+    torch.testing.assert_close(model.features(tokens, text), model.features(tokens, noisy))
 
 
 def test_positions_are_each_levels_own_or_one_set_averaged():
@@ -191,14 +191,14 @@ def test_the_known_latents_are_the_quantizers_sum_of_the_visible_tokens():
 
 def test_with_latent_context_the_loss_is_that_of_the_logits_and_it_is_saved(tmp_path):
     model, (tokens, mask) = small(code_values=torch.randn(K, 4), latent_context=True), batch()
-    logits = model.logits(model.hidden(tokens.masked_fill(mask, K)))[mask]
+    logits = model.logits(model.features(tokens.masked_fill(mask, K)))[mask]
     loss = model(tokens, mask, label_smoothing=0.0)
     torch.testing.assert_close(loss, F.cross_entropy(logits, tokens[mask]))
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in (model.context.weight, model.head_projection.weight))
     model.save_pretrained(tmp_path / "model")
     again = MaskGIT.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(again.logits(again.hidden(tokens)), model.logits(model.hidden(tokens)))
+    torch.testing.assert_close(again.logits(again.hidden(tokens)), model.logits(model.features(tokens)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -213,7 +213,7 @@ def test_saved_and_loaded_is_the_same(tmp_path, dtype):
     assert not loaded.training
     labels = torch.tensor([0, 1, 2, 0])
     tolerance = {"float32": 0, "float16": 2e-2, "bfloat16": 2e-1}[dtype]
-    torch.testing.assert_close(loaded.hidden(tokens, labels), model.hidden(tokens, labels), atol=tolerance, rtol=0)
+    torch.testing.assert_close(loaded.hidden(tokens, labels), model.features(tokens, labels), atol=tolerance, rtol=0)
 
 
 def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from codalib.base.seeds import sample_generators
 from codalib.models import sampling as sample
 from codalib.models.maskgit import MaskGIT, TextCondition, join_levels, token_levels
-from codalib.models.sampling import generate, guidance_at, keep_outside, uncover_counts
+from codalib.models.sampling import generate, guidance_at, keep_outside, unmask_counts
 
 SCALES = (1, 2, 3, 4)  # 30 tokens
 K = 13
@@ -37,23 +37,23 @@ def draw(model, labels=LABELS, numbers=(0, 1, 2), seed=0, **settings):
 @given(tokens=st.integers(1, 3000), data=st.data(), schedule=st.sampled_from(sorted(sample.SCHEDULES)))
 def test_a_schedule_uncovers_every_token_once_and_one_a_step_at_least(tokens, data, schedule):
     steps = data.draw(st.integers(1, min(tokens, 64)))
-    counts = uncover_counts(tokens, steps, schedule)
+    counts = unmask_counts(tokens, steps, schedule)
     assert len(counts) == steps
     assert sum(counts) == tokens
     assert min(counts) >= 1
 
 
 def test_schedules_are_their_formulas():
-    assert uncover_counts(100, 4, "linear") == [25, 25, 25, 25]
-    assert uncover_counts(100, 4, "square") == [7, 18, 32, 43]  # hidden: 93.75, 75, 43.75, 0
-    assert uncover_counts(100, 4, "cosine") == [8, 22, 32, 38]  # hidden: 92.4, 70.7, 38.3, 0
-    assert uncover_counts(5, 5, "cosine") == [1, 1, 1, 1, 1]
-    assert uncover_counts(680, 1) == [680]
+    assert unmask_counts(100, 4, "linear") == [25, 25, 25, 25]
+    assert unmask_counts(100, 4, "square") == [7, 18, 32, 43]  # masked: 93.75, 75, 43.75, 0
+    assert unmask_counts(100, 4, "cosine") == [8, 22, 32, 38]  # masked: 92.4, 70.7, 38.3, 0
+    assert unmask_counts(5, 5, "cosine") == [1, 1, 1, 1, 1]
+    assert unmask_counts(680, 1) == [680]
 
 
 @pytest.mark.parametrize("steps", [0, 31, -1])
 def test_more_steps_than_tokens_is_one_sentence(model, steps):
-    with pytest.raises(ValueError, match=f"{steps} steps got for 30 hidden tokens, expected 1 to 30"):
+    with pytest.raises(ValueError, match=f"{steps} steps got for 30 masked tokens, expected 1 to 30"):
         draw(model, steps=steps)
 
 
@@ -72,15 +72,15 @@ def test_guidance_is_constant_or_rises():
 def test_each_token_is_uncovered_once_in_the_schedules_numbers(model, order, schedule, steps):
     seen = []
     drawn = draw(model, steps=steps, schedule=schedule, order=order, on_step=seen.append)
-    counts = uncover_counts(30, steps, schedule)
+    counts = unmask_counts(30, steps, schedule)
     before = torch.full((3, 30), -1)
     for number, (step, count) in enumerate(zip(seen, counts, strict=True)):
         after = join_levels(step.indices)
-        uncovered = (before == -1) & (after != -1)
+        unmasked = (before == -1) & (after != -1)
         assert step.number == number
-        assert uncovered.sum(dim=1).tolist() == [count] * 3
-        assert torch.equal(after[before != -1], before[before != -1])  # once uncovered, it stays
-        assert torch.equal(after[uncovered], join_levels(step.drawn)[uncovered])
+        assert unmasked.sum(dim=1).tolist() == [count] * 3
+        assert torch.equal(after[before != -1], before[before != -1])  # once unmasked, it stays
+        assert torch.equal(after[unmasked], join_levels(step.drawn)[unmasked])
         assert join_levels(step.drawn).min() >= 0
         before = after
     assert torch.equal(before, drawn)
@@ -92,13 +92,13 @@ def test_coarse_to_fine_never_goes_back_to_a_level(model):
     levels, seen = token_levels(SCALES), []
     draw(model, steps=9, order="coarse-to-fine", on_step=seen.append)
     for step in seen:
-        hidden = join_levels(step.indices) == -1
-        for row in hidden:
+        masked = join_levels(step.indices) == -1
+        for row in masked:
             assert not row.any() or row.all() or levels[~row].max() <= levels[row].min()
     anywhere = []
     draw(model, steps=9, order="confidence", on_step=anywhere.append)
-    hidden = join_levels(anywhere[3].indices) == -1
-    assert any(levels[~row].max() > levels[row].min() for row in hidden)
+    masked = join_levels(anywhere[3].indices) == -1
+    assert any(levels[~row].max() > levels[row].min() for row in masked)
 
 
 def test_a_sample_depends_on_its_own_seed_and_label_alone(model):
@@ -127,24 +127,24 @@ def test_one_step_draws_from_the_models_distribution(model):
     count = 1500
     labels = torch.ones(count, dtype=torch.long)
     tokens = draw(model, labels, range(count), steps=1, temperature=2.0)
-    hidden = model.hidden(torch.full((1, 30), K), torch.tensor([1]))
-    wanted = (model.logits(hidden)[0] / 2.0).softmax(dim=1)  # (L, K)
+    masked = model.features(torch.full((1, 30), K), torch.tensor([1]))
+    wanted = (model.logits(masked)[0] / 2.0).softmax(dim=1)  # (L, K)
     found = F.one_hot(tokens, K).double().mean(dim=0)
     assert (found - wanted).abs().max() < 0.06
-    assert (found - model.logits(hidden)[0].softmax(dim=1)).abs().max() > 0.06
+    assert (found - model.logits(masked)[0].softmax(dim=1)).abs().max() > 0.06
 
 
 def test_near_temperature_zero_the_likeliest_is_drawn(model):
     tokens = draw(model, steps=1, temperature=1e-6)
-    hidden = model.hidden(torch.full((3, 30), K), LABELS)
-    assert torch.equal(tokens, model.logits(hidden).argmax(dim=2))
+    masked = model.features(torch.full((3, 30), K), LABELS)
+    assert torch.equal(tokens, model.logits(masked).argmax(dim=2))
 
 
 def test_without_choice_noise_the_most_confident_stay(model):
     seen = []
     draw(model, steps=10, choice_temperature=0.0, on_step=seen.append)
     drawn, kept = join_levels(seen[0].drawn), join_levels(seen[0].indices) != -1
-    logits = model.logits(model.hidden(torch.full((3, 30), K), LABELS))
+    logits = model.logits(model.features(torch.full((3, 30), K), LABELS))
     confidence = logits.log_softmax(dim=2).gather(2, drawn[..., None])[..., 0]
     for row, stays in zip(confidence, kept, strict=True):
         assert row[stays].min() >= row[~stays].max()
@@ -158,13 +158,13 @@ def test_without_choice_noise_the_most_confident_stay(model):
 
 def test_guidance_zero_is_the_conditional_model_and_one_pass(model, monkeypatch):
     batches = []
-    hidden = MaskGIT.hidden
+    masked = MaskGIT.features
 
     def counted(self, tokens, condition=None, dropped=None):
         batches.append(len(tokens))
-        return hidden(self, tokens, condition, dropped)
+        return masked(self, tokens, condition, dropped)
 
-    monkeypatch.setattr(MaskGIT, "hidden", counted)
+    monkeypatch.setattr(MaskGIT, "features", counted)
     plain = draw(model, steps=4)
     assert batches == [3] * 4
     batches.clear()
@@ -179,9 +179,9 @@ def test_guidance_zero_is_the_conditional_model_and_one_pass(model, monkeypatch)
 
 
 def test_guidance_is_its_formula(model):
-    weight, hidden = 1.5, torch.full((3, 30), K)
-    with_class = model.logits(model.hidden(hidden, LABELS))
-    without = model.logits(model.hidden(hidden, LABELS, torch.ones(3, dtype=torch.bool)))
+    weight, masked = 1.5, torch.full((3, 30), K)
+    with_class = model.logits(model.features(masked, LABELS))
+    without = model.logits(model.features(masked, LABELS, torch.ones(3, dtype=torch.bool)))
     wanted = ((1 + weight) * with_class - weight * without).argmax(dim=2)
     assert torch.equal(draw(model, steps=1, temperature=1e-6, guidance=weight), wanted)
     assert not torch.equal(wanted, with_class.argmax(dim=2))
@@ -193,7 +193,7 @@ def test_logits_are_computed_at_hidden_positions_alone(model, monkeypatch):
     monkeypatch.setattr(MaskGIT, "logits", lambda self, states: rows.append(len(states)) or logits(self, states))
     draw(model, steps=5)
     left, wanted = 30, []
-    for count in uncover_counts(30, 5):
+    for count in unmask_counts(30, 5):
         wanted.append(3 * left)
         left -= count
     assert rows == wanted
@@ -233,18 +233,18 @@ def test_fixed_tokens_stay_and_the_others_follow_the_schedule(model):
         after = join_levels(step.indices)
         counts.append(((before == -1) & (after != -1))[0].sum().item())
         before = after
-    assert counts == uncover_counts(count, 4)
+    assert counts == unmask_counts(count, 4)
 
 
 def test_samples_may_fix_different_numbers(model):
     image = generate(model, LABELS, generator=sample_generators(3, range(3)))
     fixed = [level.clone() for level in image]
     fixed[3][0] = -1
-    fixed[2][1] = -1  # sample 0 hides 16 tokens, sample 1 9, sample 2 none
+    fixed[2][1] = -1  # sample 0 masks 16 tokens, sample 1 9, sample 2 none
     result = join_levels(generate(model, LABELS, steps=4, fixed=fixed, generator=sample_generators(4, range(3))))
     assert result.min() >= 0
     assert torch.equal(result[2], join_levels(image)[2])
-    with pytest.raises(ValueError, match="10 steps got for 9 hidden tokens"):
+    with pytest.raises(ValueError, match="10 steps got for 9 masked tokens"):
         generate(model, LABELS, steps=10, fixed=fixed)
 
 

@@ -15,8 +15,8 @@ from codalib.models.tokenizer import CodaTokenizer
 from codalib.reporting.explorer import (
     code_counts,
     explain,
-    hidden_cells,
     images_of_code,
+    masked_cells,
     read_image,
     through_levels,
     unmask,
@@ -106,8 +106,8 @@ def test_images_of_a_code_are_those_that_use_it_most(tokenizer, images):
 def test_a_changed_token_changes_the_latents_at_its_place(tokenizer, images):
     tokens = explain(tokenizer, images[0]["image"]).tokens
     changed = tokens.with_token(4, 0, 0, -1)
-    assert hidden_cells(changed) == [0, 0, 0, 0, 1]
-    assert hidden_cells(tokens) == [0] * 5  # the original stays
+    assert masked_cells(changed) == [0, 0, 0, 0, 1]
+    assert masked_cells(tokens) == [0] * 5  # the original stays
     decode = tokenizer.quantizer.decode
     difference = (decode(changed, partial=True) - decode(tokens)).abs().amax(dim=1)[0]  # (8, 8)
     assert (difference > 0).nonzero().tolist() == [[0, 0]]
@@ -121,7 +121,7 @@ def test_frames_lead_to_the_drawn_tokens(tokenizer, model):
     settings = {"steps": 5, "generator": sample_generators(0, range(2))}
     tokens, frames = unmask(model, tokenizer, torch.tensor([2, 7]), most=3, **settings)
     assert [frame.number for frame in frames] == [1, 3, 5]
-    known = torch.stack([frame.uncovered for frame in frames])
+    known = torch.stack([frame.unmasked for frame in frames])
     assert (known.diff(dim=0) > 0).all()
     assert known[-1].tolist() == [149, 149]
     torch.testing.assert_close(frames[-1].guess, tokenizer.decode(tokens), atol=1e-5, rtol=0)

@@ -49,7 +49,7 @@ def test_usage_is_drawn_in_percent_for_each_level():
 
 def test_ladder_shows_means_and_leaves_gaps():
     rows = [{"method": "Continuous VAE", "rfid": 1.0}, {"method": "ours", "rfid": [2.0, 4.0], "psnr": 20.0}]
-    figure = figures.ladder(rows, ["rfid", "psnr"])
+    figure = figures.ablation_bars(rows, ["rfid", "psnr"])
     error, psnr = figure.axes
     assert [bar.get_width() for bar in error.patches] == [1.0, 3.0]
     assert "lower is better" in error.get_title()

@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from codalib.base.files import read_json, write_json
 from codalib.base.paths import reports_folder
 from codalib.experiments.paper import CLAIMS, TABLE_1
-from codalib.experiments.statistics import judge
+from codalib.experiments.statistics import claim_verdict
 from codalib.reporting import figures, report
 from codalib.reporting.tables import beside_paper
 from codalib.workflow.manifest import Run
@@ -29,15 +29,15 @@ def profile(tmp_path, monkeypatch):
     beside_paper(rows, TABLE_1, {"psnr": "psnr", "utilization": "utilization"}).to_csv(
         run.folder / "t.csv", index=False
     )
-    files = figures.save_figure(figures.ladder(rows, ["psnr"]), run.folder, "ladder")
+    files = figures.save_figure(figures.ablation_bars(rows, ["psnr"]), run.folder, "ladder")
     run.finish(
         {
             "tables": [{"file": "t.csv", "title": "Table 1", "caption": "12 images, $K = 64$."}],
             "figures": [{**files, "caption": "The ladder.", "alt": 'Bars that "rise".'}],
             "claims": [
-                judge("residual_error", [0.1], "0.2 → 0.1"),
-                judge("attention_error", [-0.1], "0.1 → 0.2"),
-                judge("ladder", [0.1, -0.1], "mixed"),
+                claim_verdict("residual_error", [0.1], "0.2 → 0.1"),
+                claim_verdict("attention_error", [-0.1], "0.1 → 0.2"),
+                claim_verdict("ladder", [0.1, -0.1], "mixed"),
             ],
         }
     )
@@ -68,7 +68,9 @@ def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatc
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
     settings = ("paper's setting", "best of its sweep")
-    claims = [judge("residual_error", [gain], "x", setting=s) for gain, s in zip((0.1, -0.1), settings, strict=True)]
+    claims = [
+        claim_verdict("residual_error", [gain], "x", setting=s) for gain, s in zip((0.1, -0.1), settings, strict=True)
+    ]
     Run("twice/table1", "table1", {}, seed=0).finish({"claims": claims})
     soup = BeautifulSoup(report.build("twice").read_text(), "html.parser")
     (item,) = (item.get_text(" ") for item in soup.select(".claims li"))
@@ -85,7 +87,9 @@ def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatc
 def test_verdicts_of_three_seeds_are_not_marked(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
-    Run("three/table1", "table1", {}, seed=0).finish({"claims": [judge("residual_error", [0.1, 0.11, 0.12], "x")]})
+    Run("three/table1", "table1", {}, seed=0).finish(
+        {"claims": [claim_verdict("residual_error", [0.1, 0.11, 0.12], "x")]}
+    )
     soup = BeautifulSoup(report.build("three").read_text(), "html.parser")
     assert soup.select("tr")[1].get_text(" ").split()[-1] == "Holds"
     assert "test" not in soup.select_one("h2").find_previous("p").get_text()

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from codalib.experiments.paper import TABLE_1, TABLE_2, TABLE_3
-from codalib.experiments.statistics import judge, over_seeds
+from codalib.experiments.statistics import claim_verdict, over_seeds
 from codalib.reporting.tables import (
     beside_paper,
     clock,
@@ -33,28 +33,28 @@ from codalib.reporting.tables import (
     ],
 )
 def test_a_verdict_follows_from_the_measured_improvements(improvements, verdict):
-    assert judge("residual_error", improvements, "effect")["verdict"] == verdict
+    assert claim_verdict("residual_error", improvements, "effect")["verdict"] == verdict
 
 
 def test_an_improvement_within_the_margin_decides_nothing():
-    assert judge("residual_error", [0.1], "effect", margin=0.2)["verdict"] == "undecided"
-    assert judge("residual_error", [-0.1], "effect", margin=0.2)["verdict"] == "undecided"
-    assert judge("residual_error", [0.3], "effect", margin=0.2)["verdict"] == "holds"
+    assert claim_verdict("residual_error", [0.1], "effect", margin=0.2)["verdict"] == "undecided"
+    assert claim_verdict("residual_error", [-0.1], "effect", margin=0.2)["verdict"] == "undecided"
+    assert claim_verdict("residual_error", [0.3], "effect", margin=0.2)["verdict"] == "holds"
 
 
 def test_a_verdict_says_what_it_rests_on():
-    assert "One seed" in judge("residual_error", [0.1], "effect", detail="Tuned.")["detail"]
-    assert "t-test, p = 0.00" in judge("residual_error", [0.1, 0.11, 0.09], "effect")["detail"]
-    assert "2 seeds" in judge("residual_error", [0.1, 0.1], "effect")["detail"]
+    assert "One seed" in claim_verdict("residual_error", [0.1], "effect", detail="Tuned.")["detail"]
+    assert "t-test, p = 0.00" in claim_verdict("residual_error", [0.1, 0.11, 0.09], "effect")["detail"]
+    assert "2 seeds" in claim_verdict("residual_error", [0.1, 0.1], "effect")["detail"]
 
 
 def test_unknown_claims_and_missing_numbers_raise():
     with pytest.raises(ValueError, match="no claim 'magic'"):
-        judge("magic", [1.0], "")
+        claim_verdict("magic", [1.0], "")
     with pytest.raises(ValueError, match="finite improvement"):
-        judge("residual_error", [math.nan], "")
+        claim_verdict("residual_error", [math.nan], "")
     with pytest.raises(ValueError, match="finite improvement"):
-        judge("residual_error", [], "")
+        claim_verdict("residual_error", [], "")
 
 
 def test_each_measure_stands_beside_the_papers():
@@ -160,13 +160,13 @@ def test_rows_of_several_seeds_become_a_mean_and_a_spread():
 
 
 def test_a_verdict_names_its_setting():
-    assert judge("residual_error", [0.1], "effect", setting="tuned")["setting"] == "tuned"
+    assert claim_verdict("residual_error", [0.1], "effect", setting="tuned")["setting"] == "tuned"
 
 
 def test_verdicts_are_shown_whole_without_empty_columns():
-    claims = [judge("residual_error", [0.1], "a long effect " * 20), judge("ladder", [-0.1], "x")]
+    claims = [claim_verdict("residual_error", [0.1], "a long effect " * 20), claim_verdict("ladder", [-0.1], "x")]
     page = verdicts(claims).to_html()
     assert "a long effect " * 20 in page
     assert "setting" not in page
-    assert "setting" in verdicts([judge("ladder", [1.0], "x", setting="paper's setting")]).to_html()
+    assert "setting" in verdicts([claim_verdict("ladder", [1.0], "x", setting="paper's setting")]).to_html()
     assert verdicts([]).to_html()

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from codalib.base.processes import launch
 from codalib.datasets.images import load_dataset
 from codalib.evaluation.metrics import ReconstructionMetrics
-from codalib.evaluation.reconstruction import measure
+from codalib.evaluation.reconstruction import evaluate
 from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import add_adapters, load_vae
@@ -85,6 +85,6 @@ def test_two_processes_train_and_evaluate_one_tokenizer(tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     tokenizer = CodaTokenizer.from_pretrained(tmp_path / "tokenizer")
-    values = measure(tokenizer, val, ReconstructionMetrics(32, len(SCALES), frechet=None))
+    values = evaluate(tokenizer, val, ReconstructionMetrics(32, len(SCALES), frechet=None))
     for name in ("psnr", "quantization_error", "utilization"):
         assert rows[-1][f"val_{name}"] == pytest.approx(values[name], rel=1e-4)

@@ -15,7 +15,7 @@ from codalib.models.maskgit import MaskGIT, join_levels, sample_mask
 from codalib.models.quantizer import ResidualNearestQuantizer
 from codalib.models.sampling import generate
 from codalib.models.vae import load_vae
-from codalib.training.maskgit import condition_from, measures_from, parameter_groups, train_maskgit, validation_sums
+from codalib.training.maskgit import condition_from, metrics_from, parameter_groups, train_maskgit, validation_sums
 from codalib.training.settings import MaskGITSettings
 from codalib.training.trainer import Loop, read_log
 
@@ -171,8 +171,8 @@ def test_validation_is_the_mean_over_hidden_tokens_and_shared_by_processes(train
     torch.testing.assert_close(sums, halves)
     batch = val.batch(range(6))
     mask = torch.cat([sample_mask(1, SCALES, generator=own) for own in sample_generators(0, range(6))])
-    logits = model.logits(model.hidden(batch["tokens"].masked_fill(mask, K), batch["label"]))
-    measures = measures_from(sums)
+    logits = model.logits(model.features(batch["tokens"].masked_fill(mask, K), batch["label"]))
+    measures = metrics_from(sums)
     assert measures["val_loss"] == pytest.approx(F.cross_entropy(logits[mask], batch["tokens"][mask]).item(), rel=1e-5)
     right = logits.argmax(dim=2) == batch["tokens"]
     assert measures["val_accuracy"] == pytest.approx(right[mask].float().mean().item())
@@ -214,7 +214,7 @@ def test_the_defaults_are_the_papers():
 
 
 def test_64_images_are_learnt_by_heart(tmp_path):
-    """Tokens of real images, each a class of its own: hidden tokens are predicted, whole images from their class."""
+    """Tokens of real images, each a class of its own: masked tokens are predicted, whole images from their class."""
     images = load_dataset("emoji", "train", 64, random_crop=False, limit=64)
     with torch.no_grad():
         latents = load_vae("emoji").encode(torch.stack([images[i]["image"] for i in range(64)]), sample=False)

@@ -6,7 +6,7 @@ import torch
 from codalib.datasets.images import load_dataset
 from codalib.evaluation.latents import encode_images
 from codalib.evaluation.metrics import ReconstructionMetrics
-from codalib.evaluation.reconstruction import measure
+from codalib.evaluation.reconstruction import evaluate
 from codalib.models.losses import NonFiniteLoss
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import load_vae
@@ -139,8 +139,8 @@ def test_fitting_a_quantizer_lowers_its_error(vae, images, tmp_path):
 
 def test_evaluation_gives_every_measure(trained, images):
     measures = ReconstructionMetrics(32, len(SCALES), frechet=None)
-    values = measure(trained[0], images[1], measures)
-    assert values == measure(trained[0], images[1], ReconstructionMetrics(32, len(SCALES), frechet=None))
+    values = evaluate(trained[0], images[1], measures)
+    assert values == evaluate(trained[0], images[1], ReconstructionMetrics(32, len(SCALES), frechet=None))
     assert {"psnr", "ssim", "quantization_error", "utilization", "utilization_level_4"} <= values.keys()
 
 
