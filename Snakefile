@@ -22,6 +22,7 @@ ORDER = [
     "bring_your_own",
     "00_pretrain_vae",
     "01_fit_quantizers",
+    "01_quantizer_factorial",
     "01_train_tokenizer",
     "01_train_baselines",
     "01_train_variants",

@@ -85,6 +85,7 @@ class Item:
     label: int
     captions: tuple[str, ...]
     stored: bytes | None = None  # None: read the file `name`
+    group: str | None = None  # images of one group stay on one side of a split; None: it is alone
 
     @property
     def caption(self) -> str:
@@ -123,6 +124,14 @@ class ImageDataset(Dataset):
     def subset(self, indices: list[int]) -> "ImageDataset":
         items = [self.items[i] for i in indices]
         return ImageDataset(items, self.classes, self.resolution, self.random_crop, self.name)
+
+    def split_groups(self, fraction: float, seed: int = 0) -> tuple["ImageDataset", "ImageDataset"]:
+        """The images of most groups, and those of a FRACTION of the groups, drawn by the seed; one group at least."""
+        groups = sorted({item.group or item.name for item in self.items})
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+        drawn = {groups[i] for i in order[: max(1, round(fraction * len(groups)))]}
+        held_out = [i for i, item in enumerate(self.items) if (item.group or item.name) in drawn]
+        return self.subset(sorted(set(range(len(self))) - set(held_out))), self.subset(held_out)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict | None:
         """`key` is an index, or (index, seed of the random crop)."""
@@ -195,9 +204,12 @@ def _emoji(split: str) -> tuple[list[Item], list[str]]:
     if not path.exists():
         raise DataError(f"{path} is missing: restore it from the repository or run python data/build_emoji.py")
     classes = json.loads((EMOJI_FOLDER / "summary.json").read_text())["classes"]
-    rows = pq.read_table(path, columns=["image", "label", "caption", "style"]).to_pylist()
+    rows = pq.read_table(path, columns=["image", "label", "caption", "style", "concept"]).to_pylist()
     names = (f"emoji/{split}/{i} ({row['caption']}, {row['style']})" for i, row in enumerate(rows))
-    items = [Item(name, r["label"], (r["caption"],), r["image"]) for name, r in zip(names, rows, strict=True)]
+    items = [
+        Item(name, row["label"], (row["caption"],), row["image"], row["concept"])
+        for name, row in zip(names, rows, strict=True)
+    ]
     return items, classes
 
 

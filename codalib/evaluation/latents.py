@@ -3,10 +3,14 @@
 Latents are (N, C, H, W) and normalised; a feature is the vector of C numbers at one position.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from codalib.datasets.images import ImageDataset, training_batches
+from codalib.base.seeds import sample_generators
+from codalib.datasets.images import ImageDataset, evaluation_batches, training_batches
 from codalib.evaluation.metrics import coverage, frechet_distance
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.vae import ContinuousVAE
@@ -108,3 +112,64 @@ def latent_scores(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int
         error += (quantizer.decode(indices).cpu() - batch).square().sum().item()
         used[torch.cat([level.flatten() for level in indices]).cpu()] = True
     return {"quantization_error": error / latents.numel(), "utilization": used.double().mean().item()}
+
+
+@torch.no_grad()
+def encode_posterior(
+    vae: ContinuousVAE, dataset: ImageDataset, seed: int = 0, batch_size: int = 64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised latents of every image, (N, C, H, W) on the CPU: the posterior's means and two draws of it.
+
+    An image's noise depends on the seed and the image alone.
+    """
+    device = next(vae.parameters()).device
+    parts = []
+    for batch in evaluation_batches(dataset, batch_size):
+        posterior = vae.posterior(batch["image"].to(device))
+        numbers = batch["index"].tolist()
+        noise = [sample_generators(own, numbers) for own in (2 * seed, 2 * seed + 1)]
+        draws = (posterior.mean, *(posterior.sample(own) for own in noise))
+        parts.append([((draw - vae.shift) * vae.scale).cpu() for draw in draws])
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def quantizer_scores(
+    quantizer: ResidualQuantizer, means: Tensor, latents: Tensor, again: Tensor, batch_size: int = 64
+) -> tuple[dict[str, Any], Tensor]:
+    """What a quantizer makes of latents that it was not fitted on, and each image's relative error (N,).
+
+    Args:
+        means, latents, again: (N, C, H, W), see `encode_posterior`; errors are relative to the variance of `latents`.
+    Returns {"quantization_error": mean square, "relative_error", "relative_error_to_mean": against the posterior's
+    mean, "utilization", "perplexity": one a level, "bits_per_image": tokens x log2 K, "coded_bits_per_image": what an
+    ideal entropy coder takes that knows each level's code frequencies, "token_change": the fraction of tokens that
+    differ when the posterior is drawn again}.
+    """
+    device, variance = next(quantizer.parameters()).device, latents.var(correction=0).item()
+    codes, scales = quantizer.codebook_size, quantizer.scales
+    counts = torch.zeros(len(scales), codes, dtype=torch.float64)
+    errors, to_mean, changed = [], [], 0
+    for mean, own, other in zip(*(part.split(batch_size) for part in (means, latents, again)), strict=True):
+        tokens = quantizer.encode(own.to(device))
+        quantized = quantizer.decode(tokens).cpu()
+        errors.append((quantized - own).square().flatten(1).mean(1))
+        to_mean.append((quantized - mean).square().flatten(1).mean(1))
+        for level, (one, two) in enumerate(zip(tokens, quantizer.encode(other.to(device)), strict=True)):
+            counts[level] += torch.bincount(one.flatten().cpu(), minlength=codes).double()
+            changed += (one != two).sum().item()
+    errors, to_mean = torch.cat(errors), torch.cat(to_mean)
+    frequencies = counts / counts.sum(1, keepdim=True)
+    entropies = torch.special.entr(frequencies).sum(1)  # (levels,), nats a token
+    per_level = torch.tensor([p * p for p in scales], dtype=torch.float64)
+    scores = {
+        "quantization_error": errors.mean().item(),
+        "relative_error": errors.mean().item() / variance,
+        "relative_error_to_mean": to_mean.mean().item() / variance,
+        "utilization": (counts.sum(0) > 0).double().mean().item(),
+        "perplexity": entropies.exp().tolist(),
+        "bits_per_image": per_level.sum().item() * math.log2(codes),
+        "coded_bits_per_image": (per_level * entropies).sum().item() / math.log(2),
+        "token_change": changed / (per_level.sum().item() * len(latents)),
+    }
+    return scores, errors / variance

@@ -10,6 +10,7 @@ from torch import Tensor
 from codalib.base.files import atomic_write
 from codalib.base.processes import make_accelerator
 from codalib.evaluation.latents import latent_scores
+from codalib.models.data_start import start_from_data
 from codalib.models.losses import (
     LossWeights,
     weighted_sum,
@@ -41,6 +42,8 @@ def fit_quantizer(
     optimizer = torch.optim.AdamW(
         quantizer.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
     )
+    if settings.start == "data":
+        start_from_data(quantizer, latents, settings.seed)
     inputs = {"latents": _checksum(latents)} | ({"snapshots": list(snapshots)} if snapshots else {})
     loop = Loop(settings, folder, accelerator, quantizer, {"quantizer": optimizer}, **inputs)
     weights = LossWeights(quantization=settings.quantization_weight, entropy=settings.entropy_weight)

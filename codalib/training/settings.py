@@ -77,6 +77,7 @@ class QuantizerSettings(LoopSettings):
     )
     codebook_size: int = 65536  # K
     scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each level; the last is the latent grid's
+    start: str = "random"  # of the codes: "random" (standard normal) or "data" (features of the training latents)
     attention_dim: int = 32  # D
     norm: str | None = "rms"  # "rms", "layer" or None
     beta: float = 0.05  # of the commitment term, Eq. 10

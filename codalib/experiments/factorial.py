@@ -1,0 +1,215 @@
+"""Quantizers on a frozen VAE's latents: every method on every grid, tuned alike, over several seeds.
+
+A cell of the factorial is a method (nearest or attention, its codes started at random or from data) on a grid (one
+full grid, a pyramid, several full grids). Its learning rate, and with attention the weight of the entropy term, are
+bracketed on a part of the training images that nothing else uses; then the best and the paper's setting are fitted with
+every seed and scored on the validation images. A finished trial is one small JSON file, from which an interrupted
+factorial goes on.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from codalib.base.files import read_json, write_json
+from codalib.datasets.images import ImageDataset, evaluation_batches
+from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
+from codalib.evaluation.metrics import psnr
+from codalib.experiments.bracketing import bracket, bracket_both
+from codalib.models.losses import NonFiniteLoss
+from codalib.models.quantizer import ResidualQuantizer
+from codalib.models.vae import ContinuousVAE
+from codalib.training.quantizer import fit_quantizer
+from codalib.training.settings import QuantizerSettings
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1  # part of a trial's name: raised where the same settings come to mean other numbers
+METHODS = {  # name -> kind of quantizer, start of its codes
+    "nearest, random start": ("nearest", "random"),
+    "nearest, data start": ("nearest", "data"),
+    "attention, random start": ("attention", "random"),
+    "attention, data start": ("attention", "data"),
+}
+PAPER_RATE, PAPER_ENTROPY_WEIGHT = 5e-4, 0.05  # paper, section 5.1; the release's configuration
+
+
+@dataclass(frozen=True)
+class FactorialData:
+    """Latents (N, C, H, W) to fit on; the posterior's means and two draws of it to choose on and to judge by."""
+
+    train: Tensor
+    choose: tuple[Tensor, Tensor, Tensor]
+    test: tuple[Tensor, Tensor, Tensor]
+    images: Tensor  # (N, 3, h, w): the test images
+    vae: ContinuousVAE
+    digest: str  # of the images and the VAE's weights, not of the latents, whose last bits are the machine's
+
+    @classmethod
+    def encode(
+        cls, vae: ContinuousVAE, train: ImageDataset, test: ImageDataset, held_out: float = 0.1, seed: int = 0
+    ) -> "FactorialData":
+        """Encode the images; a part of TRAIN's groups (concepts) is held out to choose settings on."""
+        rest, choose = train.split_groups(held_out, seed)
+        digest = hashlib.sha256(repr([PROTOCOL, held_out, seed, train.resolution]).encode())
+        for item in (*train.items, *test.items):
+            digest.update(item.stored if item.stored is not None else Path(item.name).read_bytes())
+        for name, weights in sorted(vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        return cls(
+            encode_images(vae, rest, len(rest), seed=seed),
+            encode_posterior(vae, choose, seed),
+            encode_posterior(vae, test, seed),
+            torch.cat([batch["image"] for batch in evaluation_batches(test, 64)]),
+            vae,
+            digest.hexdigest()[:16],
+        )
+
+
+class Factorial:
+    """The trials of a factorial, each fitted once.
+
+    Args:
+        settings: what all trials share; kind, start, scales, learning rate, entropy weight and seed are the trial's own.
+        data: see `FactorialData`.
+        results: folder of the finished trials' JSON files.
+        work: folder of the checkpoints of the trial that runs.
+        scored: steps after which a trial is scored on the choosing images, the last one besides.
+        provenance: what each result's file says of the run: commit, machine, versions.
+    """
+
+    def __init__(
+        self,
+        settings: QuantizerSettings,
+        data: FactorialData,
+        results: str | Path,
+        work: str | Path,
+        scored: Sequence[int],
+        provenance: Mapping[str, Any],
+    ):
+        self.settings, self.data, self.scored, self.provenance = settings, data, tuple(scored), dict(provenance)
+        self.results, self.work = Path(results), Path(work)
+
+    def run(
+        self,
+        grids: Mapping[str, Sequence[int]],
+        seeds: Sequence[int],
+        rates: Sequence[float],
+        entropy_weights: Sequence[float],
+    ) -> Iterator[dict[str, Any]]:
+        """Every cell, cheap grids first, one result a trial as it ends.
+
+        Args:
+            grids: name -> sides of the levels.
+            seeds: the first alone for choosing, all for the best and the paper's setting.
+            rates, entropy_weights: where the brackets start, a factor of 3 apart.
+        """
+        for grid, scales in sorted(grids.items(), key=lambda item: sum(p * p for p in item[1])):
+            for method in METHODS:
+                best = yield from self._choose(method, grid, scales, seeds[0], rates, entropy_weights)
+                paper = (PAPER_RATE, PAPER_ENTROPY_WEIGHT if method.startswith("attention") else 0.0)
+                for seed in seeds:
+                    for setting, (rate, weight) in (("best", best), ("paper", paper)):
+                        row = self.trial(method, grid, scales, rate, weight, seed, decoded=True)
+                        yield row | {"setting": setting}
+
+    def _choose(
+        self,
+        method: str,
+        grid: str,
+        scales: Sequence[int],
+        seed: int,
+        rates: Sequence[float],
+        entropy_weights: Sequence[float],
+    ) -> Iterator[dict[str, Any]]:
+        tried: list[dict[str, Any]] = []
+
+        def error(rate: float, weight: float = 0.0) -> float:
+            tried.append(self.trial(method, grid, scales, rate, weight, seed))
+            return tried[-1]["choose"].get("relative_error", float("inf"))
+
+        if method.startswith("attention"):
+            best = bracket_both(error, rates, entropy_weights)
+        else:
+            best = bracket(error, rates), 0.0
+        yield from (row | {"setting": "tried"} for row in tried)
+        return best
+
+    def trial(
+        self,
+        method: str,
+        grid: str,
+        scales: Sequence[int],
+        rate: float,
+        weight: float,
+        seed: int,
+        decoded: bool = False,
+    ) -> dict[str, Any]:
+        """The result of one trial, from its file or fitted now: scores on the choosing and on the test images.
+
+        With DECODED the test images' PSNR after decoding too.
+        """
+        kind, start = METHODS[method]
+        own = replace(
+            self.settings,
+            kind=kind,
+            start=start,
+            scales=tuple(scales),
+            learning_rate=rate,
+            entropy_weight=weight,
+            seed=seed,
+        )
+        inputs = [PROTOCOL, self.data.digest, asdict(own), self.scored]
+        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
+        name = re.sub(r"[^a-z0-9.]+", "-", f"{grid} {method} rate {rate:g} entropy {weight:g} seed {seed}")
+        file = self.results / f"{name}-{key}.json"
+        found = read_json(file) if file.exists() else None
+        if found is None or (decoded and "test" in found and "test_psnr" not in found):
+            found = {"method": method, "grid": grid, **self._fit(own, name, decoded)}
+            write_json(file, found | {"settings": asdict(own), **self.provenance})
+            log.info("%s: relative error %.4f", name, found["choose"].get("relative_error", float("nan")))
+        return read_json(file)
+
+    def _fit(self, settings: QuantizerSettings, name: str, decoded: bool) -> dict[str, Any]:
+        folder, started = self.work / name, time.monotonic()
+        snapshots = [step for step in self.scored if step < settings.steps]
+        try:
+            quantizer = fit_quantizer(settings, self.data.train, folder, snapshots=snapshots)
+        except NonFiniteLoss as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            return {"choose": {}, "failed": str(error)}
+        seconds = round(time.monotonic() - started, 1)
+        choose = quantizer_scores(quantizer, *self.data.choose)[0]
+        test, errors = quantizer_scores(quantizer, *self.data.test)
+        found = {"choose": choose, "test": test, "test_errors": [float(f"{error:.4g}") for error in errors.tolist()]}
+        if decoded:
+            found["test_psnr"] = [round(value, 3) for value in self._psnr(quantizer)]
+        found |= {"curve": [self._at(quantizer, folder, step) for step in snapshots], "seconds": seconds}
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    def _at(self, quantizer: ResidualQuantizer, folder: Path, step: int) -> dict[str, Any]:
+        quantizer.load_state_dict(load_file(folder / f"snapshot-{step}.safetensors"))
+        scores = quantizer_scores(quantizer, *self.data.choose)[0]
+        return {"step": step} | {name: scores[name] for name in ("relative_error", "utilization", "perplexity")}
+
+    @torch.no_grad()
+    def _psnr(self, quantizer: ResidualQuantizer) -> list[float]:
+        """dB of each test image, decoded from the tokens of the first draw of its latents."""
+        values = []
+        for images, latents in zip(self.data.images.split(32), self.data.test[1].split(32), strict=True):
+            quantized = quantizer.decode(quantizer.encode(latents.to(quantizer.codebooks.weight.device)))
+            values += psnr(images, self.data.vae.decode(quantized).cpu()).tolist()
+        return values
