@@ -82,7 +82,7 @@ class Factorial:
     """The trials of a factorial, each fitted once.
 
     Args:
-        settings: what all trials share; kind, start, scales, learning rate, entropy weight and seed are the trial's own.
+        settings: what all trials share; kind, start, scales, learning rate, entropy weight and seed are a trial's own.
         data: see `FactorialData`.
         results: folder of the finished trials' JSON files.
         work: folder of the checkpoints of the trial that runs.
