@@ -53,7 +53,7 @@ class TokenizerStage(Stage):
         quantizer: ResidualQuantizer | None,
     ):
         super().__init__(settings)
-        val.check_share(self.world_size)
+        val.check_enough_images(self.world_size)
         self.train, self.val, self.weights = train, val, settings.weights
         self.tokenizer = self.build_tokenizer(vae, quantizer)
         self.trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
