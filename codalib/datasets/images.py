@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,10 +116,13 @@ class ImageDataset(Dataset):
         """(N,) long."""
         return torch.tensor([item.label for item in self.items])
 
-    def check_share(self, processes: int) -> None:
-        """Raise DataError where there is less than an image for each of the processes that share the set."""
+    def check_enough_images(self, processes: int) -> None:
+        """Raise DataError where a process would have no image."""
         if len(self) < processes:
-            raise DataError(f"{len(self)} images of {self.name} for {processes} processes: take fewer processes")
+            raise DataError(
+                f"expected an image of {self.name} for each of {processes} processes, got {len(self)}: "
+                "take fewer processes"
+            )
 
     def subset(self, indices: list[int]) -> "ImageDataset":
         items = [self.items[i] for i in indices]
@@ -156,7 +159,6 @@ def load_dataset(
     resolution: int,
     random_crop: bool | None = None,
     limit: int | None = None,
-    num_classes: int | None = None,
 ) -> ImageDataset:
     """Load a data set by name.
 
@@ -170,9 +172,8 @@ def load_dataset(
         resolution: side of the square images, pixels.
         random_crop: the training transform; by default for the training split only.
         limit: keep this many images, evenly spread over the set.
-        num_classes: raise when the data set has another number of classes.
     Raises:
-        DataError: unknown name, missing folder or split, no images, wrong number of classes.
+        DataError: unknown name, missing folder or split, no images.
     """
     if split not in SPLITS:
         raise DataError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
@@ -189,8 +190,6 @@ def load_dataset(
         items, classes = _folder(_filled_in(path), split)
     else:
         raise DataError(f"data set is {name!r}, expected 'emoji', 'imagefolder:PATH', 'coco:PATH' or 'folder:PATH'")
-    if num_classes is not None and num_classes != len(classes):
-        raise DataError(f"{name} has {len(classes)} classes, expected {num_classes}: check the path or the parameter")
     if limit is not None:
         if limit < 1:
             raise DataError(f"limit is {limit}, expected at least 1 image")
@@ -295,11 +294,12 @@ class EndlessOrder(Sampler):
     """Endless (index, crop seed) pairs: epoch after epoch of seeded permutations, starting anywhere.
 
     Step s of a global batch of size n takes the positions s*n ... s*n+n-1 of the endless order; process `rank` of
-    `world` takes every world-th of them, so that the union over processes does not depend on their number.
+    `world_size` takes every world_size-th of them, so that the union over processes does not depend on their number.
     """
 
-    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
-        self.length, self.seed, self.start, self.rank, self.world = length, seed, start, rank, world
+    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.length, self.seed, self.start = length, seed, start
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         position, epoch = self.start + self.rank, None
@@ -308,7 +308,7 @@ class EndlessOrder(Sampler):
                 epoch = position // self.length
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
             yield int(order[position % self.length]), hash((self.seed, position)) & (2**63 - 1)
-            position += self.world
+            position += self.world_size
 
 
 def collate(samples: list[dict | None]) -> dict:
@@ -341,55 +341,58 @@ class UnreadableCount:
             log.warning("%d unreadable images of %s were skipped", self.count, self.dataset.name)
 
 
+def _loader(dataset: ImageDataset, batch_size: int, sampler: Iterable, workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+
+
 def training_batches(
     dataset: ImageDataset,
     batch_size: int,
     seed: int,
     start_step: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[dict]:
     """Endless batches of `batch_size` images for this process, from global step `start_step` on.
 
     An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops.
     """
-    order = EndlessOrder(len(dataset), seed, start_step * batch_size * world, rank, world)
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=order,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-    )
+    step_images = batch_size * world_size
+    order = EndlessOrder(len(dataset), seed, start_step * step_images, rank, world_size)
     unreadable, seen = UnreadableCount(dataset), 0
-    for batch in loader:
-        if seen // len(dataset) != (seen + batch_size * world) // len(dataset):
+    for batch in _loader(dataset, batch_size, order, workers):
+        if seen // len(dataset) != (seen + step_images) // len(dataset):
             unreadable.report()
             unreadable.count = 0  # a new epoch meets the same files again
-        seen += batch_size * world
+        seen += step_images
+        unreadable.add(batch["unreadable"])
+        if "image" in batch:
+            yield batch
+
+
+def readable_batches(
+    dataset: ImageDataset, batch_size: int, keys: Sequence, workers: int, unreadable: UnreadableCount
+) -> Iterator[dict]:
+    """The images of KEYS (as `ImageDataset` takes them) in order, without those that cannot be read."""
+    for batch in _loader(dataset, batch_size, keys, workers):
         unreadable.add(batch["unreadable"])
         if "image" in batch:
             yield batch
 
 
 def evaluation_batches(
-    dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    dataset: ImageDataset, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> Iterator[dict]:
-    """Every image once, in order; process `rank` of `world` takes every world-th image, none twice."""
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=range(rank, len(dataset), world),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-    )
+    """Every image once, in order; process `rank` of `world_size` takes every world_size-th image, none twice."""
     unreadable = UnreadableCount(dataset)
-    for batch in loader:
-        unreadable.add(batch["unreadable"])
-        if "image" in batch:
-            yield batch
+    yield from readable_batches(dataset, batch_size, range(rank, len(dataset), world_size), workers, unreadable)
     unreadable.report()

@@ -7,8 +7,8 @@ encoded again: an interrupted stage goes on with the next shard, and processes s
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.processes import make_accelerator
-from codalib.base.seeds import SEED_STRIDE
-from codalib.datasets.images import EndlessOrder, ImageDataset, UnreadableCount, collate, load_dataset
+from codalib.base.seeds import SEED_STRIDE, sample_generators
+from codalib.datasets.images import EndlessOrder, ImageDataset, UnreadableCount, load_dataset, readable_batches
 from codalib.models.checkpoints import load_tokenizer
 from codalib.models.maskgit import MaskGIT
 from codalib.models.tokenizer import CodaTokenizer
 
-log = logging.getLogger(__name__)
-
-
-SHARD_IMAGES = 1024
 MANIFEST, CAPTIONS, CODES, SHARDS = "manifest.json", "captions.json", "codes.safetensors", "shards"
 
 
@@ -66,19 +61,29 @@ def index_type(codebook_size: int) -> type[np.integer]:
     return next(kind for kind in (np.uint8, np.uint16, np.uint32) if codebook_size - 1 <= np.iinfo(kind).max)
 
 
+@dataclass(frozen=True)
+class CacheSettings:
+    """How a data set is encoded."""
+
+    views: int = 1  # times that each image is encoded; with the data set's `random_crop` each with a crop of its own
+    flip: bool = False  # mirror every second view, left to right
+    sample: bool = True  # latents drawn from the posterior, as the release does; False: its mean
+    seed: int = 0
+    batch_size: int = 64  # images
+    workers: int = 0  # data loading processes
+    shard_images: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise ValueError(f"views is {self.views}, expected at least 1")
+
+
 def cache_tokens(
     tokenizer: CodaTokenizer,
     dataset: ImageDataset,
     folder: str | Path,
-    views: int = 1,
-    flip: bool = False,
-    sample: bool = True,
-    seed: int = 0,
-    batch_size: int = 64,
-    workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    shard_images: int = SHARD_IMAGES,
+    settings: CacheSettings = CacheSettings(),
+    process: tuple[int, int] = (0, 1),
 ) -> Path:
     """Encode a data set into FOLDER, each image once a view; goes on with what an interrupted call left.
 
@@ -87,22 +92,16 @@ def cache_tokens(
 
     Args:
         tokenizer: on the device that is to do the work.
-        views: times that each image is encoded; with `dataset.random_crop` each with a crop of its own.
-        flip: mirror every second view, left to right.
-        sample: latents are drawn from the posterior, as the release does; False: its mean, the same in every view that
-            has no crop or flip of its own.
-        rank, world: this process's number among those that share the work; each takes every world-th shard.
+        process: (rank, world_size) of this process; it takes every world_size-th shard.
     Returns:
         FOLDER, complete once all processes are through.
     Raises:
         CacheMismatch: FOLDER holds another tokenizer's or other data's tokens.
     """
-    if views < 1:
-        raise ValueError(f"views is {views}, expected at least 1")
     if dataset.resolution != tokenizer.resolution:
-        raise ValueError(f"images of {dataset.resolution} pixels got, the tokenizer expects {tokenizer.resolution}")
+        raise ValueError(f"expected images of {tokenizer.resolution} pixels, got {dataset.resolution}")
     folder, quantizer = Path(folder), tokenizer.quantizer
-    positions = len(dataset) * views
+    positions = len(dataset) * settings.views
     manifest = {
         "tokenizer": tokenizer_hash(tokenizer),
         "codebook_size": quantizer.codebook_size,
@@ -113,21 +112,22 @@ def cache_tokens(
         "items": hashlib.sha256(repr([(item.name, item.label) for item in dataset.items]).encode()).hexdigest()[:16],
         "resolution": dataset.resolution,
         "random_crop": dataset.random_crop,
-        "views": views,
-        "flip": flip,
-        "sample": sample,
-        "seed": seed,
-        "shard_images": shard_images,
-        "shards": -(-positions // shard_images),
+        "views": settings.views,
+        "flip": settings.flip,
+        "sample": settings.sample,
+        "seed": settings.seed,
+        "shard_images": settings.shard_images,
+        "shards": -(-positions // settings.shard_images),
     }
     _begin(folder, manifest, tokenizer, dataset)
-    mine = range(rank, manifest["shards"], world)
+    rank, world_size = process
+    mine = range(rank, manifest["shards"], world_size)
     missing = [number for number in mine if not _shard(folder, number).exists()]
     unreadable = UnreadableCount(dataset)
     for number in tqdm(missing, desc="tokens", disable=rank > 0, mininterval=2.0):
-        start = number * shard_images
-        numbers = range(start, min(start + shard_images, positions))
-        arrays = _encode(tokenizer, dataset, numbers, flip, sample, seed, batch_size, workers, unreadable)
+        start = number * settings.shard_images
+        numbers = range(start, min(start + settings.shard_images, positions))
+        arrays = _encode(tokenizer, dataset, numbers, settings, unreadable)
         with atomic_write(_shard(folder, number), "wb") as file:
             file.write(save(arrays))
     unreadable.report()
@@ -141,18 +141,16 @@ def cache_dataset(
     folder: str | Path,
     limit: int | None = None,
     random_crop: bool = False,
-    **settings: Any,
+    settings: CacheSettings = CacheSettings(),
 ) -> None:
-    """`cache_tokens` from names, for `base.processes.launch`: every process opens the two and takes its share.
+    """`cache_tokens` from names, for `base.processes.launch`: every process opens the two and takes its shards.
 
-    `tokenizer` is what `models.checkpoints.load_tokenizer` takes, `dataset` what `load_dataset` does. Pass `settings`
-    on through `functools.partial`.
+    `tokenizer` is what `models.checkpoints.load_tokenizer` takes, `dataset` what `load_dataset` does.
     """
     accelerator = make_accelerator()
     opened = load_tokenizer(tokenizer).to(accelerator.device)
     images = load_dataset(dataset, split, opened.resolution, random_crop, limit)
-    share = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    cache_tokens(opened, images, folder, **settings, **share)
+    cache_tokens(opened, images, folder, settings, (accelerator.process_index, accelerator.num_processes))
     accelerator.wait_for_everyone()
 
 
@@ -175,33 +173,23 @@ def _encode(
     tokenizer: CodaTokenizer,
     dataset: ImageDataset,
     numbers: range,
-    flip: bool,
-    sample: bool,
-    seed: int,
-    batch_size: int,
-    workers: int,
+    settings: CacheSettings,
     unreadable: UnreadableCount,
 ) -> dict[str, np.ndarray]:
     """The arrays of one shard: NUMBERS count the images view after view."""
     device = next(tokenizer.parameters()).device
-    seeds = {number: (seed * SEED_STRIDE + number // len(dataset)) * SEED_STRIDE + number for number in numbers}
-    keys = [(number % len(dataset), seeds[number]) for number in numbers]
-    loader = DataLoader(
-        dataset, batch_size, sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=device.type == "cuda"
-    )
+    runs = {number: settings.seed * SEED_STRIDE + number // len(dataset) for number in numbers}  # a seed a view
+    keys = [(number % len(dataset), runs[number] * SEED_STRIDE + number) for number in numbers]
     kind, columns = index_type(tokenizer.quantizer.codebook_size), {"indices": [], "label": [], "image": [], "view": []}
     view_of = iter(numbers)
-    for batch in loader:
-        unreadable.add(batch["unreadable"])
-        if "image" not in batch:
-            continue
+    for batch in readable_batches(dataset, settings.batch_size, keys, settings.workers, unreadable):
         chosen = [_next_of(view_of, image, len(dataset)) for image in batch["index"].tolist()]
         views = torch.tensor([number // len(dataset) for number in chosen])
         images = batch["image"]
-        if flip:
+        if settings.flip:
             images = torch.where((views % 2 == 1)[:, None, None, None], images.flip(3), images)
-        noise = [torch.Generator().manual_seed(seeds[number]) for number in chosen]  # on the CPU, for every device
-        indices = tokenizer.encode(images.to(device), sample, noise)
+        noise = [rng for number in chosen for rng in sample_generators(runs[number], [number])]
+        indices = tokenizer.encode(images.to(device), settings.sample, noise)
         columns["indices"].append(torch.cat([level.flatten(1) for level in indices], dim=1).cpu().numpy().astype(kind))
         columns["label"].append(batch["label"].numpy().astype(np.int32))
         columns["image"].append(batch["index"].numpy().astype(np.int32))
@@ -321,19 +309,13 @@ class TokenCache:
         }
 
     def batches(
-        self, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world: int = 1
+        self, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
     ) -> Iterator[dict[str, Any]]:
         """Endless batches of `batch_size` for this process, from global step `start_step` on.
 
         The order is that of `datasets.images.EndlessOrder`: a function of the seed and the step, the processes' union
         independent of their number; an epoch shows every view once, with a caption drawn anew.
         """
-        order = iter(EndlessOrder(len(self), seed, start_step * batch_size * world, rank, world))
+        order = iter(EndlessOrder(len(self), seed, start_step * batch_size * world_size, rank, world_size))
         while True:
             yield self.batch(*zip(*(next(order) for _ in range(batch_size)), strict=True))
-
-    def in_order(self, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[dict[str, Any]]:
-        """Every row once, in order; process `rank` of `world` takes every world-th."""
-        rows = np.arange(rank, len(self), world)
-        for start in range(0, len(rows), batch_size):
-            yield self.batch(rows[start : start + batch_size])

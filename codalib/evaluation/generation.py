@@ -35,7 +35,7 @@ from codalib.base.processes import make_accelerator
 from codalib.base.seeds import sample_generators
 from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset
 from codalib.datasets.text import CaptionTable, build_text_encoder
-from codalib.datasets.token_cache import TokenCache, cache_tokens, check_generator, tokenizer_hash
+from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_tokens, check_generator, tokenizer_hash
 from codalib.evaluation.metrics import FrechetDistance, build_frechet, frechet_distance, precision_recall
 from codalib.evaluation.reconstruction import file_stamps
 from codalib.models.checkpoints import find_model, load_tokenizer
@@ -411,13 +411,13 @@ class _Stage:
 
     def _tokens(self, split: str, images: ImageDataset) -> tuple[Tensor, Tensor]:
         """Images' tokens (N, L) and labels."""
-        share = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
+        process = self.accelerator.process_index, self.accelerator.num_processes
         settings, seed = self.settings, self.settings.seed
         limits = settings.val_limit, settings.train_limit
         mark = _mark(self.hash, settings.dataset, len(images), limits, seed)
         folder = self.folder / "generated" / f"tokens-{split}-{mark}"
-        batch = {"batch_size": settings.batch_size, "workers": settings.workers}
-        cache_tokens(self.tokenizer, images, folder, seed=seed, **batch, **share)
+        how = CacheSettings(seed=seed, batch_size=settings.batch_size, workers=settings.workers)
+        cache_tokens(self.tokenizer, images, folder, how, process)
         self.accelerator.wait_for_everyone()
         cache = TokenCache.open(folder, self.hash)
         batch = cache.batch(range(len(cache)))

@@ -62,7 +62,7 @@ def evaluate_models(
     """
     accelerator = make_accelerator()
     images = settings.load_images()
-    images.check_share(accelerator.num_processes)
+    images.check_enough_images(accelerator.num_processes)
     perceptual = build_perceptual(settings.perceptual)
     frechet = build_frechet(settings.frechet, settings.frechet_resolution)
     for name, path in {**vaes, **tokenizers}.items():

@@ -14,7 +14,7 @@ from codalib.base.files import atomic_write
 from codalib.base.hardware import compute_device
 from codalib.base.processes import launch
 from codalib.datasets.images import SPLITS, DataError
-from codalib.datasets.token_cache import TokenCache, cache_dataset, tokenizer_hash
+from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_dataset, tokenizer_hash
 from codalib.models.checkpoints import find_model, load_tokenizer
 from codalib.models.maskgit import split_levels
 from codalib.reporting.display import png, to_bytes
@@ -33,9 +33,9 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise")
     given = parser.parse_args(arguments)
-    settings = {"views": given.views, "seed": given.seed, "batch_size": given.batch_size, "workers": given.workers}
-    work = partial(cache_dataset, limit=given.limit, **settings)
     try:
+        settings = CacheSettings(views=given.views, seed=given.seed, batch_size=given.batch_size, workers=given.workers)
+        work = partial(cache_dataset, limit=given.limit, settings=settings)
         launch(work, given.processes, find_model(given.tokenizer), given.dataset, given.split, given.out)
         cache = TokenCache.open(given.out)
     except (DataError, ValueError, OSError) as error:

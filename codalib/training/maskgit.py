@@ -1,6 +1,6 @@
 """The generator's training stage: MaskGIT on cached tokens, by class or by caption (Eq. 12 of arXiv:2503.17760)."""
 
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from codalib.base.processes import make_accelerator
 from codalib.base.seeds import sample_generators
 from codalib.datasets.text import CaptionTable, TextEncoder, build_text_encoder
 from codalib.datasets.token_cache import TokenCache
 from codalib.models.maskgit import Condition, MaskGIT, sample_mask
 from codalib.training.settings import MaskGITSettings
-from codalib.training.trainer import Loop, autocast
+from codalib.training.trainer import Stage, Trainer
 
-log = logging.getLogger(__name__)
 SCORED_ROWS = 16_384  # masked tokens whose logits are held at once in validation
 
 
@@ -28,6 +26,69 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for name, p in named if name in matrices], "weight_decay": weight_decay},
         {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
     ]
+
+
+class MaskGITStage(Stage):
+    """Mask tokens, predict them; cross-entropy with label smoothing."""
+
+    def __init__(
+        self,
+        settings: MaskGITSettings,
+        train: TokenCache,
+        val: TokenCache,
+        folder: str | Path,
+        encoder: TextEncoder | None,
+        start: MaskGIT | None,
+    ):
+        super().__init__(settings)
+        self.train, self.val, self.captions = train, val, None
+        self.model = settings.build_model(train, None if encoder is None else encoder.dim)
+        if start is not None:
+            _take_weights(self.model, start, train.tokenizer)
+        text = None if encoder is None else encoder.name
+        self.model.info = {
+            "tokenizer": train.tokenizer,
+            "classes": train.classes,
+            "dataset": train.manifest["dataset"],
+            "text_encoder": text,
+        }
+        self.model.to(self.device).train()
+        groups = parameter_groups(self.model, settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, settings.learning_rate, settings.betas)
+        if encoder is not None:
+            self.captions = CaptionTable(
+                encoder, (caption for own in (*train.captions, *val.captions) for caption in own)
+            )
+        self.parallel = self.accelerator.prepare(self.model)
+        inputs = {"tokens": [train.fingerprint, val.fingerprint], "encoder": text}
+        inputs["start"] = None if start is None else [float(p.double().abs().sum()) for p in start.parameters()]
+        self.trainer = Trainer(settings, folder, self.accelerator, self.model, {"generator": optimizer}, **inputs)
+
+    def condition(self, batch: dict[str, Any]) -> Condition:
+        return condition_from(self.settings.condition, batch["label"], batch["caption"], self.captions, self.device)
+
+    def batches(self, first: int) -> Iterator[dict[str, Any]]:
+        return self.train.batches(self.settings.batch_size, self.settings.seed, first, self.rank, self.world_size)
+
+    def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
+        own = self.settings
+        for i, batch in enumerate(micro_batches):
+            tokens = batch["tokens"].to(self.device)
+            mask = sample_mask(len(tokens), self.model.scales, own.mask_ratio, own.coarse_first).to(self.device)
+            dropped = (torch.rand(len(tokens)) < own.condition_dropout).to(self.device)
+            with self.autocast():
+                loss = self.parallel(tokens, mask, self.condition(batch), dropped, own.label_smoothing)
+            last = i == len(micro_batches) - 1
+            self.trainer.update(loss, {"loss": loss}, "generator", list(self.model.parameters()), last)
+        return {"loss": loss.detach()}
+
+    def evaluate(self) -> dict[str, float]:
+        own, place = self.settings, (self.rank, self.world_size)
+        self.model.eval()
+        with self.autocast():
+            sums = validation_sums(self.model, self.val, self.condition, own.batch_size, own.seed, *place)
+        self.model.train()
+        return metrics_from(self.accelerator.reduce(sums.to(self.device), "sum").cpu())
 
 
 def train_maskgit(
@@ -63,65 +124,9 @@ def train_maskgit(
             f"condition is {settings.condition!r} and {'no' if encoder is None else 'a'} text encoder is given, "
             "expected an encoder with 'text' and only then"
         )
-    torch.manual_seed(settings.seed)
-    accelerator = make_accelerator()
-    model = settings.build_model(train, None if encoder is None else encoder.dim)
-    if start is not None:
-        _take_weights(model, start, train.tokenizer)
-    model.info = {
-        "tokenizer": train.tokenizer,
-        "classes": train.classes,
-        "dataset": train.manifest["dataset"],
-        "text_encoder": None if encoder is None else encoder.name,
-    }
-    model.to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), settings.learning_rate, settings.betas
-    )
-    captions = None
-    if encoder is not None:
-        captions = CaptionTable(encoder, (caption for own in (*train.captions, *val.captions) for caption in own))
-    parallel = accelerator.prepare(model)
-    loop = Loop(
-        settings,
-        folder,
-        accelerator,
-        model,
-        {"generator": optimizer},
-        tokens=[train.fingerprint, val.fingerprint],
-        encoder=None if encoder is None else encoder.name,
-        start=None if start is None else [float(p.double().abs().sum()) for p in start.parameters()],
-    )
-
-    def condition_of(batch: dict[str, Any]) -> Condition:
-        return condition_from(settings.condition, batch["label"], batch["caption"], captions, accelerator.device)
-
-    def batches(first: int):
-        return train.batches(
-            settings.batch_size, settings.seed, first, accelerator.process_index, accelerator.num_processes
-        )
-
-    def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
-        for i, batch in enumerate(micro_batches):
-            tokens = batch["tokens"].to(accelerator.device)
-            mask = sample_mask(len(tokens), model.scales, settings.mask_ratio, settings.coarse_first).to(tokens.device)
-            dropped = (torch.rand(len(tokens)) < settings.condition_dropout).to(tokens.device)
-            with autocast(settings.precision, accelerator.device):
-                loss = parallel(tokens, mask, condition_of(batch), dropped, settings.label_smoothing)
-            loop.update(loss, {"loss": loss}, "generator", list(model.parameters()), i == len(micro_batches) - 1)
-        return {"loss": loss.detach()}
-
-    def evaluate() -> dict[str, float]:
-        share = accelerator.process_index, accelerator.num_processes
-        model.eval()
-        with autocast(settings.precision, accelerator.device):
-            sums = validation_sums(model, val, condition_of, settings.batch_size, settings.seed, *share)
-        model.train()
-        return metrics_from(accelerator.reduce(sums.to(accelerator.device), "sum").cpu())
-
-    loop.run(batches, train_step, evaluate, "MaskGIT")
-    loop.load_averaged()
-    return model.eval().requires_grad_(False)
+    stage = MaskGITStage(settings, train, val, folder, encoder, start)
+    stage.trainer.run(stage, "MaskGIT")
+    return stage.model.eval().requires_grad_(False)
 
 
 def _take_weights(model: MaskGIT, start: MaskGIT, tokenizer: str) -> None:
@@ -175,17 +180,17 @@ def condition_from(
 
 @torch.no_grad()
 def validation_sums(
-    model: MaskGIT, cache: TokenCache, condition_of, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1
+    model: MaskGIT, cache: TokenCache, condition_of, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
 ) -> Tensor:
     """Sums over a cache's first view that `metrics_from` turns into measures: (levels, 3) float64, on the CPU.
 
     For each level: the cross-entropy (nats, without label smoothing), how many tokens are right, how many were hidden.
-    Which tokens of an image are hidden (cosine) depends on the seed and the image alone. Process `rank` of `world`
-    takes every world-th row.
+    Which tokens of an image are hidden (cosine) depends on the seed and the image alone. Process `rank` of
+    `world_size` takes every world_size-th row.
     """
     device = model.positions.device
     sums = torch.zeros(len(model.scales), 3, dtype=torch.float64)
-    rows = [int(row) for row in (cache.view == 0).nonzero()[0]][rank::world]
+    rows = [int(row) for row in (cache.view == 0).nonzero()[0]][rank::world_size]
     for begin in range(0, len(rows), batch_size):
         batch = cache.batch(rows[begin : begin + batch_size])
         masks = [

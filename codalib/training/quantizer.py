@@ -1,6 +1,7 @@
 """Fit a quantizer on latents alone: the start of the tokenizer's training, and how quantizers are compared."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -8,16 +9,60 @@ from safetensors.torch import save
 from torch import Tensor
 
 from codalib.base.files import atomic_write
-from codalib.base.processes import make_accelerator
+from codalib.base.seeds import sample_generators
 from codalib.evaluation.latents import latent_scores
 from codalib.models.data_start import start_from_data
-from codalib.models.losses import (
-    LossWeights,
-    weighted_sum,
-)
+from codalib.models.losses import LossWeights, weighted_sum
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.training.settings import QuantizerSettings
-from codalib.training.trainer import Loop, _checksum
+from codalib.training.trainer import Stage, Trainer, checksum
+
+
+class QuantizerStage(Stage):
+    """Quantize latents; the quantization and entropy terms."""
+
+    def __init__(
+        self,
+        settings: QuantizerSettings,
+        latents: Tensor,
+        folder: str | Path,
+        val_latents: Tensor | None,
+        snapshots: Sequence[int],
+    ):
+        super().__init__(settings)
+        self.latents, self.val_latents, self.snapshots = latents, val_latents, snapshots
+        self.weights = LossWeights(quantization=settings.quantization_weight, entropy=settings.entropy_weight)
+        self.quantizer = settings.build_quantizer(latents.shape[1]).to(self.device)
+        optimizer = torch.optim.AdamW(
+            self.quantizer.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+        )
+        if settings.start == "data":
+            start_from_data(self.quantizer, latents, settings.seed)
+        inputs = {"latents": checksum(latents)} | ({"snapshots": list(snapshots)} if snapshots else {})
+        self.trainer = Trainer(settings, folder, self.accelerator, self.quantizer, {"quantizer": optimizer}, **inputs)
+
+    def batches(self, first: int) -> Iterator[Tensor]:
+        for number in itertools.count(first):
+            (rng,) = sample_generators(self.settings.seed, [number])
+            yield self.latents[torch.randint(len(self.latents), (self.settings.batch_size,), generator=rng)]
+
+    def train_step(self, micro_batches: list[Tensor], step: int) -> dict[str, Tensor]:
+        if step in self.snapshots:
+            self.save_snapshot(step)
+        for i, batch in enumerate(micro_batches):
+            output = self.quantizer(batch.to(self.device))
+            terms = {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
+            loss = weighted_sum(terms, self.weights)
+            last = i == len(micro_batches) - 1
+            self.trainer.update(loss, terms, "quantizer", list(self.quantizer.parameters()), last)
+        return terms | {"loss": loss}
+
+    def save_snapshot(self, step: int) -> None:
+        with atomic_write(self.trainer.folder / f"snapshot-{step}.safetensors", "wb") as file:
+            file.write(save({name: value.detach().cpu() for name, value in self.quantizer.state_dict().items()}))
+
+    def evaluate(self) -> dict[str, float]:
+        return {} if self.val_latents is None else latent_scores(self.quantizer, self.val_latents)
 
 
 def fit_quantizer(
@@ -36,40 +81,6 @@ def fit_quantizer(
     """
     if odd := [step for step in snapshots if not 0 <= step < settings.steps]:
         raise ValueError(f"snapshots after {odd} steps asked for, expected from 0 to below {settings.steps}, the steps")
-    torch.manual_seed(settings.seed)
-    accelerator = make_accelerator()
-    quantizer = settings.build_quantizer(latents.shape[1]).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        quantizer.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-    )
-    if settings.start == "data":
-        start_from_data(quantizer, latents, settings.seed)
-    inputs = {"latents": _checksum(latents)} | ({"snapshots": list(snapshots)} if snapshots else {})
-    loop = Loop(settings, folder, accelerator, quantizer, {"quantizer": optimizer}, **inputs)
-    weights = LossWeights(quantization=settings.quantization_weight, entropy=settings.entropy_weight)
-
-    def batches(first: int):
-        while True:
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + first)
-            yield latents[torch.randint(len(latents), (settings.batch_size,), generator=generator)]
-            first += 1
-
-    def train_step(micro_batches: list[Tensor], step: int) -> dict[str, Tensor]:
-        if step in snapshots:
-            with atomic_write(Path(folder) / f"snapshot-{step}.safetensors", "wb") as file:
-                file.write(save({name: value.detach().cpu() for name, value in quantizer.state_dict().items()}))
-        for i, batch in enumerate(micro_batches):
-            output = quantizer(batch.to(accelerator.device))
-            terms = {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
-            loss = weighted_sum(terms, weights)
-            loop.update(loss, terms, "quantizer", list(quantizer.parameters()), last=i == len(micro_batches) - 1)
-        return terms | {"loss": loss}
-
-    loop.run(
-        batches,
-        train_step,
-        None if val_latents is None else lambda: latent_scores(quantizer, val_latents),
-        settings.kind,
-    )
-    loop.load_averaged()
-    return quantizer.eval()
+    stage = QuantizerStage(settings, latents, folder, val_latents, snapshots)
+    stage.trainer.run(stage, settings.kind)
+    return stage.quantizer.eval()

@@ -1,15 +1,16 @@
-"""The training stages: pretrain a continuous VAE, adapt one into a discrete tokenizer."""
+"""The tokenizer's training stage: adapt a continuous VAE into a discrete tokenizer (Eq. 9-11 of arXiv:2503.17760)."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from codalib.base.processes import make_accelerator
 from codalib.datasets.images import ImageDataset, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
+from codalib.evaluation.reconstruction import evaluate
 from codalib.models.discriminator import build_discriminator, frozen, real_and_fake
 from codalib.models.losses import (
     adaptive_weight,
@@ -24,7 +25,7 @@ from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE, add_adapters, fresh_copy, last_decoder_adapter, load_vae
 from codalib.pretrained.perceptual import build_perceptual
 from codalib.training.settings import SCRATCH, TokenizerSettings
-from codalib.training.trainer import Loop, _checksum, autocast
+from codalib.training.trainer import Stage, Trainer, checksum
 
 
 def untrained_tokenizer(settings: TokenizerSettings, vae: ContinuousVAE) -> CodaTokenizer:
@@ -37,6 +38,113 @@ def untrained_tokenizer(settings: TokenizerSettings, vae: ContinuousVAE) -> Coda
         return CodaTokenizer(fresh_copy(vae), quantizer)
     adapted = add_adapters(copy.deepcopy(vae), settings.adapters, settings.rank, settings.adapted_layers)
     return CodaTokenizer(adapted, quantizer)
+
+
+class TokenizerStage(Stage):
+    """Reconstruct images through the codes; a step of the tokenizer, then one of the discriminator."""
+
+    def __init__(
+        self,
+        settings: TokenizerSettings,
+        vae: ContinuousVAE,
+        train: ImageDataset,
+        val: ImageDataset,
+        folder: str | Path,
+        quantizer: ResidualQuantizer | None,
+    ):
+        super().__init__(settings)
+        val.check_enough_images(self.world_size)
+        self.train, self.val, self.weights = train, val, settings.weights
+        self.tokenizer = self.build_tokenizer(vae, quantizer)
+        self.trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
+        self.perceptual = build_perceptual(settings.perceptual_network, self.weights.perceptual)
+        self.discriminator = build_discriminator(settings.discriminator_network, self.weights.adversarial)
+        networks = {"perceptual": self.perceptual, "discriminator": self.discriminator}
+        found = {name: network.to(self.device) for name, network in networks.items() if network is not None}
+        optimizers = {"generator": self.optimizer(self.trained, settings.weight_decay)}
+        if self.discriminator is not None:
+            heads = list(self.discriminator.heads.parameters())
+            optimizers["discriminator"] = self.optimizer(heads, settings.discriminator_weight_decay)
+        self.parallel = self.accelerator.prepare(self.tokenizer)
+        self.parallel_discriminator = self.discriminator and self.accelerator.prepare(self.discriminator)
+        self.trainer = Trainer(
+            settings,
+            folder,
+            self.accelerator,
+            self.tokenizer,
+            optimizers,
+            {name: network for name, network in found.items() if name == "discriminator"},
+            data=train.name,
+            images=len(train),
+            vae=checksum(*vae.state_dict().values()),
+            start=None if quantizer is None else checksum(*quantizer.state_dict().values()),
+            networks=[None if network is None else network.name for network in networks.values()],
+        )
+
+    def build_tokenizer(self, vae: ContinuousVAE, start: ResidualQuantizer | None) -> CodaTokenizer:
+        tokenizer = untrained_tokenizer(self.settings, vae)
+        if start is not None:
+            ours, theirs = tokenizer.quantizer.config(), start.config()
+            if theirs != ours:
+                raise ValueError(f"expected a quantizer of the settings, {ours}, got {theirs}")
+            tokenizer.quantizer.load_state_dict(start.state_dict())
+        return tokenizer.to(self.device)
+
+    def optimizer(self, parameters: list[Tensor], weight_decay: float) -> torch.optim.AdamW:
+        own = self.settings
+        return torch.optim.AdamW(parameters, own.learning_rate, own.betas, weight_decay=weight_decay)
+
+    @property
+    def last_layer(self) -> Tensor | None:
+        """Where the gradients of the adaptive weight are compared; None where no part of the decoder is trained."""
+        if self.settings.adapters == SCRATCH:
+            return self.tokenizer.vae.autoencoder.decoder.conv_out.weight  # VQGAN's own choice
+        return last_decoder_adapter(self.tokenizer.vae)
+
+    def batches(self, first: int) -> Iterator[dict]:
+        own = self.settings
+        return training_batches(self.train, own.batch_size, own.seed, first, self.rank, self.world_size, own.workers)
+
+    def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
+        for i, batch in enumerate(micro_batches):
+            images, last = batch["image"].to(self.device), i == len(micro_batches) - 1
+            terms, reconstruction = self.generator_step(images, step, last)
+            if self.discriminator is not None:
+                terms |= self.discriminator_step(images, reconstruction, last)
+        return {name: torch.as_tensor(value) for name, value in terms.items()}
+
+    def generator_step(self, images: Tensor, step: int, last: bool) -> tuple[dict[str, Tensor], Tensor]:
+        with self.autocast():
+            output = self.parallel(images)
+        terms, factors = reconstruction_terms(images, output.reconstruction, self.perceptual), {}
+        if self.discriminator is not None:
+            with frozen(self.parallel_discriminator) as discriminator, self.autocast():
+                adversarial = generator_hinge(discriminator(output.reconstruction))
+            # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
+            where = output.quantized if self.last_layer is None else self.last_layer
+            adaptive = adaptive_weight(weighted_sum(terms, self.weights), adversarial, where)
+            terms["adversarial"] = adversarial
+            factors["adversarial"] = adaptive * ramp(step, self.settings.steps)
+        terms |= {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
+        loss = weighted_sum(terms, self.weights, factors)
+        self.trainer.update(loss, terms, "generator", self.trained, last)
+        logged = terms | {"loss": loss} | {f"{name}_factor": value for name, value in factors.items()}
+        return logged, output.reconstruction
+
+    def discriminator_step(self, images: Tensor, reconstruction: Tensor, last: bool) -> dict[str, Tensor]:
+        with self.autocast():
+            real, fake = real_and_fake(self.parallel_discriminator, images, reconstruction)
+        terms = {"discriminator": discriminator_hinge(real, fake)}
+        heads = list(self.discriminator.heads.parameters())
+        self.trainer.update(terms["discriminator"], terms, "discriminator", heads, last)
+        return terms
+
+    def evaluate(self) -> dict[str, float]:
+        own = self.settings
+        metrics = ReconstructionMetrics(own.codebook_size, len(own.scales), frechet=None).to(self.device)
+        place = self.rank, self.world_size
+        values = evaluate(self.tokenizer, self.val, metrics, own.batch_size, own.seed, *place, own.workers)
+        return {f"val_{name}": values[name] for name in ("psnr", "quantization_error", "utilization")}
 
 
 def train_tokenizer(
@@ -58,119 +166,9 @@ def train_tokenizer(
     Raises:
         NonFiniteLoss: a term is not finite.
     """
-    torch.manual_seed(settings.seed)
-    accelerator = make_accelerator()
-    val.check_share(accelerator.num_processes)
-    tokenizer = untrained_tokenizer(settings, vae)
-    if quantizer is not None:
-        ours, theirs = tokenizer.quantizer.config(), quantizer.config()
-        if theirs != ours:
-            raise ValueError(f"the given quantizer is {theirs}, the settings ask for {ours}")
-        tokenizer.quantizer.load_state_dict(quantizer.state_dict())
-    tokenizer.to(accelerator.device)
-    if settings.adapters == SCRATCH:
-        anchor = tokenizer.vae.autoencoder.decoder.conv_out.weight  # VQGAN's own choice
-    else:
-        anchor = last_decoder_adapter(tokenizer.vae)
-    trained = [p for p in tokenizer.parameters() if p.requires_grad]
-    weights = settings.weights
-    perceptual = build_perceptual(settings.perceptual_network, weights.perceptual)
-    discriminator = build_discriminator(settings.discriminator_network, weights.adversarial)
-    optimizers = {
-        "generator": torch.optim.AdamW(
-            trained, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-        )
-    }
-    if perceptual is not None:
-        perceptual.to(accelerator.device)
-    if discriminator is not None:
-        discriminator.to(accelerator.device)
-        optimizers["discriminator"] = torch.optim.AdamW(
-            discriminator.heads.parameters(),
-            settings.learning_rate,
-            settings.betas,
-            weight_decay=settings.discriminator_weight_decay,
-        )
-    parallel = accelerator.prepare(tokenizer)
-    critic = None if discriminator is None else accelerator.prepare(discriminator)
-    loop = Loop(
-        settings,
-        folder,
-        accelerator,
-        tokenizer,
-        optimizers,
-        {} if discriminator is None else {"discriminator": discriminator},
-        data=train.name,
-        images=len(train),
-        vae=_checksum(*vae.state_dict().values()),
-        start=None if quantizer is None else _checksum(*quantizer.state_dict().values()),
-        networks=[None if network is None else network.name for network in (perceptual, discriminator)],
-    )
-
-    def batches(first: int):
-        return training_batches(
-            train,
-            settings.batch_size,
-            settings.seed,
-            first,
-            accelerator.process_index,
-            accelerator.num_processes,
-            settings.workers,
-        )
-
-    def generator_step(images: Tensor, step: int, last: bool) -> tuple[dict[str, Tensor], Tensor]:
-        with autocast(settings.precision, accelerator.device):
-            output = parallel(images)
-        terms = reconstruction_terms(images, output.reconstruction, perceptual)
-        factors = {}
-        if discriminator is not None:
-            with frozen(critic) as adversary, autocast(settings.precision, accelerator.device):
-                adversarial = generator_hinge(adversary(output.reconstruction))
-            # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
-            adaptive = adaptive_weight(
-                weighted_sum(terms, weights), adversarial, output.quantized if anchor is None else anchor
-            )
-            terms["adversarial"] = adversarial
-            factors["adversarial"] = adaptive * ramp(step, settings.steps)
-        terms |= {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
-        loss = weighted_sum(terms, weights, factors)
-        loop.update(loss, terms, "generator", trained, last)
-        return terms | {"loss": loss} | {
-            f"{name}_factor": value for name, value in factors.items()
-        }, output.reconstruction
-
-    def discriminator_step(images: Tensor, reconstruction: Tensor, last: bool) -> dict[str, Tensor]:
-        with autocast(settings.precision, accelerator.device):
-            real, fake = real_and_fake(critic, images, reconstruction)
-        terms = {"discriminator": discriminator_hinge(real, fake)}
-        loop.update(terms["discriminator"], terms, "discriminator", list(discriminator.heads.parameters()), last)
-        return terms
-
-    def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
-        for i, batch in enumerate(micro_batches):
-            images, last = batch["image"].to(accelerator.device), i == len(micro_batches) - 1
-            terms, reconstruction = generator_step(images, step, last)
-            if discriminator is not None:
-                terms |= discriminator_step(images, reconstruction, last)
-        return {name: torch.as_tensor(value) for name, value in terms.items()}
-
-    def evaluate() -> dict[str, float]:
-        measures = ReconstructionMetrics(settings.codebook_size, len(settings.scales), frechet=None)
-        share = accelerator.process_index, accelerator.num_processes
-        values = evaluate(
-            tokenizer,
-            val,
-            measures.to(accelerator.device),
-            settings.batch_size,
-            settings.seed,
-            *share,
-            settings.workers,
-        )
-        return {f"val_{name}": values[name] for name in ("psnr", "quantization_error", "utilization")}
-
-    loop.run(batches, train_step, evaluate, "tokenizer")
-    loop.load_averaged()
-    return tokenizer.eval().requires_grad_(False)
+    stage = TokenizerStage(settings, vae, train, val, folder, quantizer)
+    stage.trainer.run(stage, "tokenizer")
+    return stage.tokenizer.eval().requires_grad_(False)
 
 
 def train_and_save(

@@ -1,6 +1,6 @@
 """The one training loop: seeded steps, schedule, clipping, averages, log, checkpoints, resume.
 
-A stage supplies a function that computes named loss terms and takes the optimiser steps; the loop does the rest. All
+A `Stage` computes named loss terms and takes the optimiser steps; the `Trainer` does the rest. All
 randomness of step s is a function of (seed, s), so a resumed run equals an uninterrupted one bit for bit.
 """
 
@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,22 +26,15 @@ from tqdm.auto import tqdm
 
 from codalib.base.files import read_json, write_json
 from codalib.base.hardware import has_bfloat16
+from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE
-from codalib.models.losses import (
-    check_finite,
-)
+from codalib.models.losses import check_finite
 from codalib.training.settings import LoopSettings
 
 log = logging.getLogger(__name__)
 
 
 KEPT_CHECKPOINTS = 2
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context of a loop's forward passes; `precision` as in `LoopSettings`."""
-    wanted = has_bfloat16() if precision == "auto" else precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def learning_rate_factor(step: int, settings: LoopSettings) -> float:
@@ -52,7 +46,35 @@ def learning_rate_factor(step: int, settings: LoopSettings) -> float:
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class Loop:
+class Stage:
+    """What a training stage gives the trainer: its batches, its step, its validation."""
+
+    def __init__(self, settings: LoopSettings):
+        torch.manual_seed(settings.seed)
+        self.settings, self.accelerator = settings, make_accelerator()
+        self.device = self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def batches(self, first: int) -> Iterator:
+        """Endless micro-batches, from that of number `first` on."""
+        raise NotImplementedError
+
+    def train_step(self, micro_batches: list, step: int) -> dict[str, Tensor]:
+        """Take the optimiser steps through `Trainer.update`; returns named terms."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, float]:
+        """Named metrics, logged every `evaluate_every` steps and at the end."""
+        return {}
+
+    def autocast(self) -> torch.autocast:
+        """The context of the stage's forward passes; `precision` as in `LoopSettings`."""
+        precision = self.settings.precision
+        wanted = has_bfloat16() if precision == "auto" else precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+
+class Trainer:
     """Runs a stage's steps and keeps its state.
 
     Args:
@@ -94,28 +116,21 @@ class Loop:
 
     # --- one run ------------------------------------------------------------------------------------------------------
 
-    def run(
-        self,
-        batches: Callable[[int], Iterator],
-        train_step: Callable[[list, int], dict[str, Tensor]],
-        evaluate: Callable[[], dict[str, float]] | None = None,
-        description: str = "training",
-    ) -> None:
-        """Train until `settings.steps`, from the newest checkpoint on.
+    def run(self, stage: Stage, description: str) -> None:
+        """Train until `settings.steps`, from the newest checkpoint on; the module ends with its averaged weights.
 
-        Args:
-            batches: first micro-batch index -> endless iterator of micro-batches.
-            train_step: (micro-batches, step) -> named terms; takes the optimiser steps through `self.update`.
-            evaluate: named measures, logged every `evaluate_every` steps and at the end.
-        Raises:
-            NonFiniteLoss: a term is not finite; names the term, the step and the last good checkpoint.
+        Raises NonFiniteLoss where a term is not finite; names the term, the step and the last good checkpoint.
         """
         self.resume()
-        if self.step >= self.settings.steps:
-            return
+        if self.step < self.settings.steps:
+            self._train(stage, description)
+        if self.ema:
+            self.ema.copy_to(self.trainable.values())
+
+    def _train(self, stage: Stage, description: str) -> None:
         main, started, before = self.accelerator.is_main_process, time.monotonic(), self.seconds
         writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step) if main else None
-        stream = batches(self.step * self.settings.accumulation)
+        stream = stage.batches(self.step * self.settings.accumulation)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=description, disable=not main, mininterval=2.0)
         while self.step < self.settings.steps:
             micro_batches = [next(stream) for _ in range(self.settings.accumulation)]
@@ -125,7 +140,7 @@ class Loop:
             for name, optimizer in self.optimizers.items():
                 for group, base in zip(optimizer.param_groups, self.base_rates[name], strict=True):
                     group["lr"] = base * rate
-            terms = train_step(micro_batches, self.step)
+            terms = stage.train_step(micro_batches, self.step)
             if self.ema:
                 self.ema.step(self.trainable.values())
             self.step += 1
@@ -134,9 +149,9 @@ class Loop:
             if self.step % self.settings.log_every == 0 or self.step in (1, self.settings.steps):
                 row = {name: value.item() for name, value in terms.items()}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
-            if evaluate and self._due(self.settings.evaluate_every):
+            if self._due(self.settings.evaluate_every):
                 with self.averaged():
-                    row |= evaluate()
+                    row |= stage.evaluate()
             if row and main:
                 self._log(row | {"rate": rate}, writer)
             if self._due(self.settings.checkpoint_every):
@@ -161,14 +176,19 @@ class Loop:
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
 
-    def averaged(self):
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
         """A context in which the module carries the averaged weights (EMA); without EMA its own."""
-        return _Averaged(self.ema, list(self.trainable.values()))
-
-    def load_averaged(self) -> None:
-        """Give the module its averaged weights for good."""
-        if self.ema:
-            self.ema.copy_to(self.trainable.values())
+        if not self.ema:
+            yield
+            return
+        parameters = list(self.trainable.values())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
 
     def _log(self, row: dict[str, float], writer: SummaryWriter) -> None:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -231,20 +251,6 @@ class Loop:
             _cut_log(self.folder / "log.jsonl", self.step)
 
 
-class _Averaged:
-    def __init__(self, ema: EMAModel | None, parameters: list[nn.Parameter]):
-        self.ema, self.parameters = ema, parameters
-
-    def __enter__(self) -> None:
-        if self.ema:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-
-    def __exit__(self, *error) -> None:
-        if self.ema:
-            self.ema.restore(self.parameters)
-
-
 class TrainingLog(list[dict[str, float]]):
     """The rows of a stage's log: step, seconds, and the named terms and measures of that step."""
 
@@ -293,7 +299,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _checksum(*tensors: Tensor) -> str:
+def checksum(*tensors: Tensor) -> str:
     """Changes when the tensors do: their shapes and two sums, enough to tell runs apart."""
     parts = [(tuple(t.shape), t.double().sum().item(), t.double().abs().sum().item()) for t in tensors]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

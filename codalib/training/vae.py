@@ -1,24 +1,19 @@
 """Pretrain a continuous VAE: the stage behind the embedded default, and for whoever has no VAE of their own."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from codalib.base.processes import make_accelerator
 from codalib.datasets.images import ImageDataset, evaluation_batches, training_batches
 from codalib.evaluation.metrics import psnr
-from codalib.models.losses import (
-    LossWeights,
-    kl_divergence,
-    reconstruction_terms,
-    weighted_sum,
-)
+from codalib.models.losses import LossWeights, kl_divergence, reconstruction_terms, weighted_sum
 from codalib.models.vae import ContinuousVAE
 from codalib.training.settings import PretrainSettings
-from codalib.training.trainer import Loop, _checksum, autocast
+from codalib.training.trainer import Stage, Trainer, checksum
 
 INITIAL_LOGVAR = -6.0  # of the posterior: sampling noise far below the latents' spread, so that early steps learn
 
@@ -53,6 +48,56 @@ class _Posterior(nn.Module):
         return self.autoencoder.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
 
 
+class VaeStage(Stage):
+    """Encode, sample, decode; L1, L2 and KL."""
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        train: ImageDataset,
+        val: ImageDataset,
+        folder: str | Path,
+        start: ContinuousVAE | None,
+    ):
+        super().__init__(settings)
+        self.train, self.val, self.weights = train, val, LossWeights(kl=settings.kl_weight)
+        autoencoder = (
+            build_autoencoder(settings, train.resolution) if start is None else copy.deepcopy(start.autoencoder)
+        )
+        self.model = _Posterior(autoencoder.train().requires_grad_(True)).to(self.device)
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+        )
+        self.parallel = self.accelerator.prepare(self.model)
+        inputs = {"data": train.name, "images": len(train)}
+        inputs["start"] = None if start is None else checksum(*start.state_dict().values())
+        self.trainer = Trainer(settings, folder, self.accelerator, self.model, {"VAE": optimizer}, **inputs)
+
+    def batches(self, first: int) -> Iterator[dict]:
+        own = self.settings
+        return training_batches(self.train, own.batch_size, own.seed, first, self.rank, self.world_size, own.workers)
+
+    def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
+        for i, batch in enumerate(micro_batches):
+            images = batch["image"].to(self.device)
+            with self.autocast():
+                reconstruction, mean, logvar = self.parallel(images)
+            terms = reconstruction_terms(images, reconstruction) | {"kl": kl_divergence(mean, logvar)}
+            loss = weighted_sum(terms, self.weights)
+            last = i == len(micro_batches) - 1
+            self.trainer.update(loss, terms, "VAE", list(self.model.parameters()), last)
+        return terms | {"loss": loss}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        vae = ContinuousVAE(self.model.autoencoder)
+        rows = [
+            psnr(batch["image"], vae(batch["image"].to(self.device), sample=False).cpu())
+            for batch in evaluation_batches(self.val, self.settings.batch_size, workers=self.settings.workers)
+        ]
+        return {"val_psnr": torch.cat(rows).mean().item()}
+
+
 def pretrain_vae(
     settings: PretrainSettings,
     train: ImageDataset,
@@ -66,59 +111,9 @@ def pretrain_vae(
     theirs along). Logs the terms and, at every evaluation, `val_psnr` in dB over `val`. With `start` it goes on from
     that VAE's weights, whose architecture then replaces the settings'.
     """
-    torch.manual_seed(settings.seed)
-    accelerator = make_accelerator()
-    autoencoder = build_autoencoder(settings, train.resolution) if start is None else copy.deepcopy(start.autoencoder)
-    model = _Posterior(autoencoder.train().requires_grad_(True)).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-    )
-    parallel = accelerator.prepare(model)
-    loop = Loop(
-        settings,
-        folder,
-        accelerator,
-        model,
-        {"VAE": optimizer},
-        data=train.name,
-        images=len(train),
-        start=None if start is None else _checksum(*start.state_dict().values()),
-    )
-    weights = LossWeights(kl=settings.kl_weight)
-
-    def batches(first: int):
-        return training_batches(
-            train,
-            settings.batch_size,
-            settings.seed,
-            first,
-            accelerator.process_index,
-            accelerator.num_processes,
-            settings.workers,
-        )
-
-    def train_step(micro_batches: list[dict], step: int) -> dict[str, Tensor]:
-        for i, batch in enumerate(micro_batches):
-            images = batch["image"].to(accelerator.device)
-            with autocast(settings.precision, accelerator.device):
-                reconstruction, mean, logvar = parallel(images)
-            terms = reconstruction_terms(images, reconstruction) | {"kl": kl_divergence(mean, logvar)}
-            loss = weighted_sum(terms, weights)
-            loop.update(loss, terms, "VAE", list(model.parameters()), last=i == len(micro_batches) - 1)
-        return terms | {"loss": loss}
-
-    @torch.no_grad()
-    def evaluate() -> dict[str, float]:
-        vae = ContinuousVAE(model.autoencoder)
-        rows = [
-            psnr(batch["image"], vae(batch["image"].to(accelerator.device), sample=False).cpu())
-            for batch in evaluation_batches(val, settings.batch_size, workers=settings.workers)
-        ]
-        return {"val_psnr": torch.cat(rows).mean().item()}
-
-    loop.run(batches, train_step, evaluate, "VAE")
-    loop.load_averaged()
-    vae = ContinuousVAE(model.autoencoder).eval().requires_grad_(False)
+    stage = VaeStage(settings, train, val, folder, start)
+    stage.trainer.run(stage, "VAE")
+    vae = ContinuousVAE(stage.model.autoencoder).eval().requires_grad_(False)
     vae.autoencoder.register_to_config(scaling_factor=1.0, shift_factor=None)  # of `start`, no longer true
     vae.autoencoder.register_to_config(scaling_factor=1 / latent_std(vae, train, settings.batch_size))
     return vae

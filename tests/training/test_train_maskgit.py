@@ -17,7 +17,7 @@ from codalib.models.sampling import generate
 from codalib.models.vae import load_vae
 from codalib.training.maskgit import condition_from, metrics_from, parameter_groups, train_maskgit, validation_sums
 from codalib.training.settings import MaskGITSettings
-from codalib.training.trainer import Loop, read_log
+from codalib.training.trainer import Trainer, read_log
 
 SCALES = (1, 2, 3)  # 14 tokens
 K = 20
@@ -93,14 +93,14 @@ def test_losses_and_accuracies_per_level_are_logged(trained, caches):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained, caches, tmp_path, monkeypatch):
-    update = Loop.update
+    update = Trainer.update
 
     def interrupted(self, *arguments, **keywords):
         if self.step == 3:
             raise KeyboardInterrupt
         return update(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Loop, "update", interrupted)
+    monkeypatch.setattr(Trainer, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_maskgit(SMALL, *caches, tmp_path)
     monkeypatch.undo()

@@ -54,9 +54,9 @@ def test_every_named_term_is_logged(trained):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_path, monkeypatch):
-    from codalib.training.trainer import Loop
+    from codalib.training.trainer import Trainer
 
-    update, calls = Loop.update, []
+    update, calls = Trainer.update, []
 
     def interrupted(self, *arguments, **keywords):
         calls.append(self.step)
@@ -64,7 +64,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_pat
             raise KeyboardInterrupt
         return update(self, *arguments, **keywords)
 
-    monkeypatch.setattr(Loop, "update", interrupted)
+    monkeypatch.setattr(Trainer, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_tokenizer(SMALL, vae, *images, tmp_path)
     monkeypatch.undo()
@@ -76,9 +76,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_pat
 
 
 def test_a_finished_run_is_not_trained_again(trained, vae, images, monkeypatch):
-    from codalib.training.trainer import Loop
+    from codalib.training.trainer import Trainer
 
-    monkeypatch.setattr(Loop, "update", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "update", lambda *a, **k: pytest.fail("trained again"))
     again = state(train_tokenizer(SMALL, vae, *images, trained[1]))
     assert all(torch.equal(value, again[name]) for name, value in state(trained[0]).items())
 
