@@ -9,13 +9,12 @@ The rotation trick acts on gradients alone, where the encoder learns: behind a f
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codalib.models.quantizer import QUANTIZERS, QuantizerOutput
+from codalib.models.quantizer import QuantizerOutput
 from codalib.models.tokens import Tokens
 
 # Kind -> what its method is called.
@@ -122,7 +121,7 @@ class LibraryQuantizer(nn.Module):
         return project(codes).movedim(-1, 1).unflatten(2, (side, side))
 
     def config(self) -> dict:
-        """The settings that rebuild this quantizer through `models.quantizer.quantizer_from_config`."""
+        """The settings that rebuild this quantizer through `models.quantizer_kinds.quantizer_from_config`."""
         return {
             "kind": self.kind,
             "latent_channels": self.latent_channels,
@@ -141,6 +140,3 @@ class LibraryQuantizer(nn.Module):
     def _split(self, indices: Tensor) -> Tokens:
         maps = (level.unflatten(1, (self.scales[-1],) * 2).long() for level in indices.unbind(dim=-1))
         return Tokens(maps, self.codebook_size)
-
-
-QUANTIZERS.update({kind: partial(LibraryQuantizer, kind) for kind in LIBRARY_KINDS})

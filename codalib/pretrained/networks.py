@@ -18,6 +18,7 @@ from codalib.pretrained.registry import find_weights, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_PROBABILITY = 0.5  # of `to_side`
 
 
 def to_8bit(images: Tensor) -> Tensor:
@@ -32,6 +33,24 @@ def check_images(images: Tensor) -> None:
             f"got images of shape {tuple(images.shape)} and type {images.dtype}, "
             "expected floating (B, 3, h, w) in [-1, 1]"
         )
+
+
+def to_side(images: Tensor, side: int, crop: bool = True, generator: torch.Generator | None = None) -> Tensor:
+    """Images (B, 3, h, w) -> (B, 3, side, side), by the released rule.
+
+    Both sides larger: with `crop`, one random crop for the batch with probability 0.5, otherwise a resize by area.
+    Any other size: a bicubic resize. `generator` is a CPU one (torch's global one where None).
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (side, side):
+        return images
+    if min(height, width) <= side:
+        return F.interpolate(images, size=(side, side), mode="bicubic")
+    if crop and torch.rand((), generator=generator).item() < CROP_PROBABILITY:
+        top = torch.randint(height - side + 1, (), generator=generator).item()
+        left = torch.randint(width - side + 1, (), generator=generator).item()
+        return images[..., top : top + side, left : left + side]
+    return F.interpolate(images, size=(side, side), mode="area")
 
 
 def _drop_from_state_dict(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

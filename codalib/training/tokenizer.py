@@ -10,6 +10,9 @@ from torch import Tensor
 from codalib.base.processes import make_accelerator
 from codalib.datasets.images import ImageDataset, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
+from codalib.models.adapters import add_adapters, last_decoder_adapter
+from codalib.models.baselines import fresh_copy
+from codalib.models.checkpoints import load_vae
 from codalib.models.discriminator import build_discriminator, frozen, real_and_fake
 from codalib.models.losses import (
     adaptive_weight,
@@ -21,7 +24,7 @@ from codalib.models.losses import (
 )
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import ContinuousVAE, add_adapters, fresh_copy, last_decoder_adapter, load_vae
+from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import build_perceptual
 from codalib.training.settings import SCRATCH, TokenizerSettings
 from codalib.training.trainer import Loop, _checksum, autocast

@@ -26,9 +26,7 @@ from tqdm.auto import tqdm
 from codalib.base.files import read_json, write_json
 from codalib.base.hardware import has_bfloat16
 from codalib.base.seeds import SEED_STRIDE
-from codalib.models.losses import (
-    check_finite,
-)
+from codalib.models.checks import check_finite
 from codalib.training.settings import LoopSettings
 
 log = logging.getLogger(__name__)

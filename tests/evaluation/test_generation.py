@@ -23,10 +23,10 @@ from codalib.evaluation.generation import (
     sweep,
 )
 from codalib.evaluation.metrics import FrechetDistance, frechet_distance
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.checkpoints import load_vae
 from codalib.models.maskgit import MaskGIT
-from codalib.models.quantizer import ResidualNearestQuantizer
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import load_vae
 from codalib.pretrained.networks import EfficientNetLite0
 from codalib.training.maskgit import train_maskgit
 from codalib.training.settings import MaskGITSettings

@@ -4,18 +4,13 @@ from torch.nn import functional as F
 
 from codalib.datasets.text import CaptionTable, build_text_encoder
 from codalib.datasets.token_cache import check_generator
-from codalib.models.maskgit import (
-    EMBEDDED_GENERATORS,
-    MaskGIT,
-    TextCondition,
-    join_levels,
-    sample_mask,
-    split_levels,
-    token_levels,
-)
-from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES, ResidualNearestQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.checkpoints import EMBEDDED_GENERATORS
+from codalib.models.maskgit import MaskGIT, TextCondition, sample_mask
+from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES
 from codalib.models.sampling import generate
 from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.tokens import join_levels, split_levels, token_levels
 
 SCALES = (1, 2, 3)  # 14 tokens
 K = 11

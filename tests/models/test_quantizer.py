@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from codalib.models.quantizer import (
-    MAR_SCALES,
-    ResidualAttentionQuantizer,
-    ResidualNearestQuantizer,
-    quantizer_from_config,
-)
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
+from codalib.models.quantizer_kinds import quantizer_from_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantizer_mar.safetensors"
 SCALES = (1, 2, 3, 5)
@@ -192,7 +189,7 @@ def test_confidence_of_attention_is_its_softmax_and_of_vq_its_distance():
     x = latents()
     for kind in KINDS:
         q = small(kind)
-        scores = q.confidence(x, top=24)
+        scores = confidence(q, x, top=24)
         assert [tuple(level.shape) for level in scores] == [(3, p, p, 24) for p in SCALES]
         rising = 1 if kind is ResidualNearestQuantizer else -1
         assert all((rising * level.diff(dim=-1) >= 0).all() for level in scores)
@@ -201,12 +198,12 @@ def test_confidence_of_attention_is_its_softmax_and_of_vq_its_distance():
     single = small(ResidualNearestQuantizer, (5,))
     rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
     expected = (rows[:, None] - single.codebooks.weight).norm(dim=2).sort(dim=1).values[:, :7]
-    torch.testing.assert_close(single.confidence(x, top=7)[0].view(-1, 7), expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(confidence(single, x, top=7)[0].view(-1, 7), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_of_the_released_pyramids():
     q = ResidualNearestQuantizer(latent_channels=2, codebook_size=2, scales=MAR_SCALES)
-    assert q.tokens == 680
+    assert q.num_tokens == 680
 
 
 BAD_LATENTS = [torch.zeros(2, 4, 6, 6), torch.zeros(2, 3, 5, 5), torch.zeros(4, 5, 5), torch.zeros(0, 4, 5, 5)]

@@ -9,27 +9,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from codalib.models.checkpoints import load_tokenizer
-from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
-from codalib.models.released import (
+from codalib.models.adapters import add_adapters
+from codalib.models.checkpoints import (
     export_tokenizer,
-    load_adapted_vae,
+    load_adapters,
     load_kl16,
     load_quantizer,
     load_released_tokenizer,
-    norm_of,
-    vae_state,
-)
-from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import (
-    adapter_parameters,
-    add_adapters,
-    load_adapters,
+    load_tokenizer,
     load_vae,
-    merged,
     save_adapters,
-    without_adapters,
 )
+from codalib.models.checkpoints.released import load_adapted_vae, norm_of, vae_state
+from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.vae import adapter_parameters, merged, without_adapters
 from codalib.pretrained.vae_layouts import (
     FLUX_CONFIG,
     KL16_CONFIG,

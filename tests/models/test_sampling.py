@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 from codalib.base.seeds import sample_generators
 from codalib.models import sampling as sample
-from codalib.models.maskgit import MaskGIT, TextCondition, join_levels, token_levels
-from codalib.models.sampling import generate, guidance_at, keep_outside, unmask_counts
+from codalib.models.editing import keep_outside
+from codalib.models.maskgit import MaskGIT, TextCondition
+from codalib.models.sampling import generate, guidance_at, unmask_counts
+from codalib.models.tokens import join_levels, token_levels
 
 SCALES = (1, 2, 3, 4)  # 30 tokens
 K = 13

@@ -3,17 +3,9 @@ import copy
 import pytest
 import torch
 
-from codalib.models.vae import (
-    ContinuousVAE,
-    adapter_parameters,
-    add_adapters,
-    last_decoder_adapter,
-    load_adapters,
-    load_vae,
-    merged,
-    save_adapters,
-    without_adapters,
-)
+from codalib.models.adapters import add_adapters, last_decoder_adapter
+from codalib.models.checkpoints import load_adapters, load_vae, save_adapters
+from codalib.models.vae import ContinuousVAE, adapter_parameters, merged, without_adapters
 
 
 @pytest.fixture(scope="module")

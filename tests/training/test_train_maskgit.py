@@ -11,10 +11,11 @@ from codalib.base.seeds import sample_generators
 from codalib.datasets.images import load_dataset
 from codalib.datasets.text import TextEncoder
 from codalib.datasets.token_cache import CAPTIONS, CODES, MANIFEST, SHARDS, TokenCache
-from codalib.models.maskgit import MaskGIT, join_levels, sample_mask
-from codalib.models.quantizer import ResidualNearestQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.checkpoints import load_vae
+from codalib.models.maskgit import MaskGIT, sample_mask
 from codalib.models.sampling import generate
-from codalib.models.vae import load_vae
+from codalib.models.tokens import join_levels
 from codalib.training.maskgit import condition_from, metrics_from, parameter_groups, train_maskgit, validation_sums
 from codalib.training.settings import MaskGITSettings
 from codalib.training.trainer import Loop, read_log
