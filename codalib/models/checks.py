@@ -80,7 +80,7 @@ def check_fixed(fixed: Sequence[Tensor], batch: int, scales: Sequence[int], code
     expected = [(batch, p, p) for p in scales]
     if [tuple(level.shape) for level in fixed] != expected:
         raise ValueError(f"expected fixed tokens of shapes {expected}, got {[tuple(x.shape) for x in fixed]}")
-    low, high = (find(int(find(level)) for level in fixed) for find in (min, max))
+    low, high = min(int(level.min()) for level in fixed), max(int(level.max()) for level in fixed)
     if low < -1 or high >= codes:
         raise ValueError(
             f"expected fixed tokens from -1 (to be drawn) to {codes - 1}, got [{low}, {high}]: do they come from "

@@ -130,9 +130,7 @@ def test_entropy_at_its_extremes(backend):
     assert indifferent.entropy.item() == pytest.approx(0, abs=1e-3)  # the release's 1e-5 inside the logarithm
     # Each code chosen surely and equally often: 0 - log K. All tokens on one code: 0 - 0.
     sure = 50 * torch.eye(codes)
-    assert assigned(sure, sure, values, 1.0, 0.01, backend).entropy.item() == pytest.approx(
-        -math.log(16), abs=1e-3
-    )
+    assert assigned(sure, sure, values, 1.0, 0.01, backend).entropy.item() == pytest.approx(-math.log(16), abs=1e-3)
     assert assigned(sure[:1].expand(16, -1), sure, values, 1.0, 0.01, backend).entropy.item() == pytest.approx(
         0, abs=1e-3
     )

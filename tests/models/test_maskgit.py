@@ -113,7 +113,7 @@ def test_the_loss_is_the_cross_entropy_of_hidden_tokens_alone():
 def test_every_position_sees_every_other():
     model, (tokens, _) = small(), batch(1)
     embedded = model.codes.weight.detach()[tokens].requires_grad_()
-    model._code_embeddings = lambda _: embedded
+    model.code_embeddings = lambda _: embedded
     for position in (0, 7, 13):
         (grad,) = torch.autograd.grad(model.features(tokens)[0, position].square().sum(), embedded)
         assert (grad[0].abs().sum(dim=1) > 0).all()
@@ -159,7 +159,7 @@ def test_positions_are_each_levels_own_or_one_set_averaged():
 def test_code_values_join_the_embeddings_but_not_the_masks():
     values = torch.randn(K, 4)
     model = small(code_values=values)
-    embedded = model._code_embeddings(torch.arange(K + 1)[None])[0]
+    embedded = model.code_embeddings(torch.arange(K + 1)[None])[0]
     torch.testing.assert_close(embedded[K], model.codes.weight[K])
     torch.testing.assert_close(embedded[:K], model.codes.weight[:K] + values @ model.code_projection.weight.T)
     with pytest.raises(ValueError, match="3 code values got, expected 11"):
@@ -170,16 +170,16 @@ def test_the_known_latents_are_the_quantizers_sum_of_the_visible_tokens():
     quantizer = ResidualNearestQuantizer(4, K, SCALES)
     tokens, mask = batch()
     model = small(code_values=quantizer.code_values, latent_context=True)
-    known = model._known_latents(tokens.masked_fill(mask, K))
+    known = model.known_latents(tokens.masked_fill(mask, K))
     shown = split_levels(tokens.masked_fill(mask, -1), SCALES)
     expected = quantizer.decode(shown, partial=True)  # (B, 4, 3, 3)
     start = 0
     for p in SCALES:
         part, start = known[:, start : start + p * p].transpose(1, 2).unflatten(2, (p, p)), start + p * p
         torch.testing.assert_close(part[:, :4], F.interpolate(expected, size=(p, p), mode="area"))
-    everything = model._known_latents(tokens)
+    everything = model.known_latents(tokens)
     torch.testing.assert_close(everything[..., 4:], torch.ones(*tokens.shape, len(SCALES)))
-    assert model._known_latents(torch.full_like(tokens, K)).abs().max() == 0
+    assert model.known_latents(torch.full_like(tokens, K)).abs().max() == 0
     with pytest.raises(ValueError, match="latent_context got without code_values"):
         small(latent_context=True)
 
