@@ -50,15 +50,3 @@ def add_adapters(
     inject_adapter_in_model(config, vae.autoencoder)
     vae.adapter_settings = {"where": where, "rank": rank, "layers": list(layers)}
     return vae
-
-
-def last_decoder_adapter(vae: ContinuousVAE) -> nn.Parameter | None:
-    """The second factor of the decoder's last adapter, where the adversarial weight is taken; None without one.
-
-    The last to be run: diffusers registers the middle of the decoder behind its upsampling half, but runs it before.
-    """
-    decoder = vae.autoencoder.decoder
-    for part in (decoder.conv_out, decoder.up_blocks, decoder.mid_block, decoder.conv_in):
-        if found := [p for name, p in part.named_parameters() if "lora_B" in name]:
-            return found[-1]
-    return None

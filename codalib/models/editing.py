@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from codalib.models.sampling import MASKED
+from codalib.models.sampling_inputs import MASKED
 from codalib.models.tokens import Tokens
 
 

@@ -5,7 +5,6 @@ row by row. The condition stands in front of it: a class token, or the token emb
 not released this stage; what the paper leaves open follows MaskGIT (arXiv:2202.04200), and is said where it is decided.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ from codalib.models.transformer import INITIAL_STD, Block, initialise
 # width, depth, heads. L is the paper's: 195M with 16,384 codes. The paper gives no size for S: this is the width and
 # the heads of U-ViT-S, beside which it stands in Table 5. XS is for the embedded emoji on a processor.
 PRESETS = {"L": (768, 24, 16), "S": (512, 12, 8), "XS": (256, 6, 4)}
-MASK_RATIOS = ("cosine", "beta")
-BETA = (12, 3)  # the "beta" mask ratio's parameters, of the same authors' later work; integers, see `sample_mask`
 
 
 class TextCondition(NamedTuple):
@@ -37,37 +34,6 @@ class TextCondition(NamedTuple):
 Condition = Tensor | TextCondition | None  # labels (B,) int64, captions, or nothing
 
 
-def sample_mask(
-    batch: int,
-    scales: Sequence[int],
-    ratio: str = "cosine",
-    coarse_first: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Which tokens are masked in training, m of Eq. 12: (B, L) bool, at least one a sample, on the CPU.
-
-    Args:
-        ratio: how the fraction of masked tokens is drawn: "cosine", cos(u pi / 2) with u uniform (MaskGIT's), or
-            "beta", a Beta(12, 3).
-        coarse_first: fraction of the samples in which the visible tokens fill the levels coarse to fine, as decoding in
-            that order meets them, instead of lying anywhere (the paper's, 0).
-    """
-    if ratio not in MASK_RATIOS:
-        raise ValueError(f"expected a mask ratio of {', '.join(MASK_RATIOS)}, got {ratio!r}")
-    if ratio == "cosine":
-        fraction = torch.cos(math.pi / 2 * torch.rand(batch, generator=generator))
-    else:  # the a-th smallest of a + b - 1 uniform numbers is a Beta(a, b)
-        a, b = BETA
-        fraction = torch.rand(batch, a + b - 1, generator=generator).kthvalue(a, dim=1).values
-    levels = token_levels(scales)
-    masked = (fraction * len(levels)).ceil().long().clamp(1, len(levels))  # (B,)
-    order = torch.rand(batch, len(levels), generator=generator)
-    in_levels = torch.rand(batch, 1, generator=generator) < coarse_first
-    order = torch.where(in_levels, order + levels, order)  # below 1, so that it orders tokens within a level alone
-    rank = order.argsort(dim=1).argsort(dim=1)  # (B, L), 0 is unmasked first
-    return rank >= len(levels) - masked[:, None]
-
-
 class MaskGIT(CodeValues):
     """Predicts masked tokens from visible ones and a condition (section 4.3 of arXiv:2503.17760).
 
@@ -75,9 +41,8 @@ class MaskGIT(CodeValues):
         codebook_size: K; the token K is the mask.
         scales: the side of each level's map, as the quantizer has them.
         width, depth, heads: of the transformer.
-        num_classes: labels 0 to num_classes - 1 as the condition; None: no classes.
-        text_dim: width of a text encoder's token embeddings as the condition; None: no text.
-        dropout: on the embeddings and in the blocks.
+        num_classes, text_dim: the condition, of one kind or none: labels 0 to num_classes - 1, or a text encoder's
+            token embeddings of width text_dim. dropout: on the embeddings and in the blocks.
         level_positions: position embeddings of each level's own (the paper's); False: one set, that of the finest map,
             averaged over the cells of coarser ones (the ablation). Both have an embedding for each level.
         code_values, latent_context: extras that are not in the paper, see `models.latent_context`.
@@ -135,7 +100,6 @@ class MaskGIT(CodeValues):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one image."""
         return sum(p * p for p in self.scales)
 
     @property
@@ -174,7 +138,7 @@ class MaskGIT(CodeValues):
         return self.output_norm(x[:, -self.num_tokens :])
 
     def logits(self, features: Tensor) -> Tensor:
-        """What `features` gave, at any positions (..., D) -> logits of the codes (..., K)."""
+        """What `features` gave, at any positions, (..., D) -> logits of the codes (..., K)."""
         return F.linear(features, self.head_weight(), self.head.bias)
 
     def forward(
@@ -187,8 +151,8 @@ class MaskGIT(CodeValues):
     ) -> Tensor:
         """The loss of Eq. 12: the mean of -log p(z_i | visible tokens) over the masked tokens i, in nats.
 
-        `tokens` (B, L) are the image's, `mask` (B, L) bool is true where masked; `condition`, `dropped`: see
-        `features`; `label_smoothing` is the part of the target that is spread evenly over all codes.
+        `tokens` (B, L), `mask` (B, L) bool, true where masked; `condition`, `dropped` as in `features`;
+        `label_smoothing` is the part of the target that is spread evenly over all codes.
         """
         x = self.features(tokens.masked_fill(mask, self.mask_token), condition, dropped)
         # Eq. 12 as F.cross_entropy(self.logits(x[mask]), tokens[mask]), without a masked tokens x codes matrix.
@@ -209,14 +173,13 @@ class MaskGIT(CodeValues):
         return prefix, torch.where(dropped[:, None], first, text.mask)
 
     def config(self) -> dict[str, Any]:
-        """The settings that rebuild this model, as plain values."""
         names = ("codebook_size", "scales", "width", "depth", "heads", "num_classes", "text_dim", "dropout")
         config = {name: getattr(self, name) for name in (*names, "level_positions", "latent_context")}
         return config | {"scales": list(self.scales), "dropout": self.dropout_rate}
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write weights (stored as `dtype`), settings and `info`, replacing the folder."""
-        from codalib.models.checkpoints.ours import save_maskgit  # which imports this module
+        from codalib.models.checkpoints.ours import save_maskgit  # imports this module
 
         save_maskgit(self, folder, dtype)
 

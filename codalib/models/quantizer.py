@@ -34,7 +34,7 @@ class QuantizerOutput:
 
 
 class Level(NamedTuple):
-    """What one level makes of its N = B p p features."""
+    """What one level makes of its N = B p p features; the last two are scalars."""
 
     value: Tensor  # (N, C), with a gradient to the features
     indices: Tensor  # (N,) int64
@@ -45,11 +45,8 @@ class Level(NamedTuple):
 def softmax_assignment(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, entropy_temperature: float
 ) -> Assignment:
-    """N features assigned to K codes by softmax attention, in the plain formula: backend "reference".
-
-    Shapes: queries (N, D), keys (K, D), values (K, C). It holds several (N, K) matrices until the backward pass.
-    """
-    logits = (queries * scale) @ keys.T  # (N, K), scale is 1 / sqrt(D)
+    """The formula of Eq. 7-8 and of the entropy: queries (N, D), keys (K, D), values (K, C), scale 1 / sqrt(D)."""
+    logits = (queries * scale) @ keys.T  # (N, K)
     scores = logits.softmax(dim=-1)  # Eq. 7: A = softmax(Q K^T / sqrt(D))
     indices = logits.argmax(dim=-1)  # (N,)
     hard = F.embedding(indices, values)  # Eq. 8: onehot(A) V, one code's value a feature ...
@@ -67,9 +64,6 @@ def softmax_assignment(
 class ResidualQuantizer(nn.Module):
     """The residual scheme of Eq. 4-5, which CODA's quantizer and the VQ baseline (`models.baselines`) share.
 
-    Level l averages the residual over the cells of a p_l x p_l grid, assigns each cell to a code of the one shared
-    codebook, upsamples the codes' values bicubically to H x W, adds them to the sum and takes them from the residual.
-
     Computes in float32 (float64 for float64 latents), also under autocast: at an entropy temperature of 0.01 the
     rounding of bfloat16 logits would be as large as the logits' differences.
 
@@ -80,9 +74,7 @@ class ResidualQuantizer(nn.Module):
 
     kind: str  # "attention" or "nearest": what `quantizer_from_config` builds
 
-    def __init__(
-        self, latent_channels: int, codebook_size: int, scales: Sequence[int], beta: float, backend: str = "auto"
-    ):
+    def __init__(self, latent_channels: int, codebook_size: int, scales: Sequence[int], beta: float, backend: str):
         super().__init__()
         scales = tuple(int(p) for p in scales)
         check_quantizer(latent_channels, codebook_size, scales, backend, BACKENDS)
@@ -103,7 +95,7 @@ class ResidualQuantizer(nn.Module):
         return self.project_codes()[1].detach().float()
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, C, H, W), H = W = scales[-1]; raises ValueError on any other shape."""
+        """Quantize latents (B, C, H, W), H = W = scales[-1]; each level assigns its cells of what is left over."""
         residual = self.checked(latents)
         backend = self._backend_for(residual)
         quantized, levels = torch.zeros_like(residual), []
@@ -117,11 +109,9 @@ class ResidualQuantizer(nn.Module):
                 quantized = quantized + upsampled  # Eq. 5
                 levels.append(level)
             grids = (level.indices.view(-1, p, p) for level, p in zip(levels, self.scales, strict=True))
+            losses = ([level.quantization_loss for level in levels], [level.entropy for level in levels])
             return QuantizerOutput(
-                quantized,
-                Tokens(grids, self.codebook_size),
-                torch.stack([level.quantization_loss for level in levels]).mean(),
-                torch.stack([level.entropy for level in levels]).mean(),
+                quantized, Tokens(grids, self.codebook_size), *(torch.stack(terms).mean() for terms in losses)
             )
 
     @torch.no_grad()
@@ -155,10 +145,7 @@ class ResidualQuantizer(nn.Module):
         return quantized
 
     def config(self) -> dict:
-        """The settings that rebuild this quantizer through `quantizer_from_config`, as plain values.
-
-        The backend is not among them: it is a choice of the machine, not of the model.
-        """
+        """The settings that `quantizer_from_config` takes, as plain values; the backend is the machine's choice."""
         names = ("kind", "latent_channels", "codebook_size", "scales", "beta")
         return {name: getattr(self, name) for name in names} | {"scales": list(self.scales)}
 
@@ -166,7 +153,6 @@ class ResidualQuantizer(nn.Module):
         return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
 
     def checked(self, latents: Tensor) -> Tensor:
-        """The latents in at least float32; raises ValueError where their shape does not fit."""
         check_latents(latents, self.latent_channels, self.scales[-1])
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
@@ -212,12 +198,11 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
     """CODA's quantizer: softmax attention over one codebook shared by all levels (Eq. 6-8).
 
     A feature takes the code of its largest logit; the gradient is that of the softmax over all codes (index
-    backpropagation). Parameters carry the released names: `codebooks.weight`, `attn.to_q.weight`, ...; they start as
-    torch's `Embedding` and `Linear` do.
+    backpropagation). Parameters carry the released names, and start as torch's `Embedding` and `Linear` do.
 
     latent_channels: C. codebook_size: K. scales: the side of each level's grid, the last one the latent grid's.
-    attention_dim: D. norm: "rms", "layer" or None, of queries and keys. beta: weight of the last term of Eq. 10.
-    entropy_temperature: divides the logits for the entropy. backend: "reference" or see `kernels.assignment`.
+    attention_dim: D. norm: "rms", "layer" or None, of queries and keys. beta: of Eq. 10. entropy_temperature: divides
+    the logits for the entropy. backend: "reference" or see `kernels.assignment`.
     """
 
     kind = "attention"
@@ -250,8 +235,7 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
 
     def assign(self, features: Tensor, keys: Tensor, values: Tensor, backend: str) -> Level:
         inputs = self.attn.queries(features), keys, values, self.attention_dim**-0.5, self.entropy_temperature
-        reference = backend == "reference"
-        out = softmax_assignment(*inputs) if reference else kernels.softmax_assign(*inputs, backend)
+        out = softmax_assignment(*inputs) if backend == "reference" else kernels.softmax_assign(*inputs, backend)
         loss = (
             F.mse_loss(out.value, features)  # Eq. 11: through the softmax
             + F.mse_loss(out.hard.detach(), features)  # Eq. 10: the feature to its code ...
@@ -260,5 +244,4 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
         return Level(out.value, out.indices, loss, out.entropy)
 
     def config(self) -> dict:
-        names = ("attention_dim", "norm", "entropy_temperature")
-        return super().config() | {name: getattr(self, name) for name in names}
+        return super().config() | {n: getattr(self, n) for n in ("attention_dim", "norm", "entropy_temperature")}

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from codalib.models.checks import check_condition, check_fixed, check_sampling
-from codalib.models.maskgit import Condition, MaskGIT, TextCondition
-from codalib.models.tokens import Tokens, join_levels, split_levels
+from codalib.models.checks import check_sampling
+from codalib.models.maskgit import Condition, MaskGIT
+from codalib.models.sampling_inputs import MASKED, first_tokens, sample_generators, twice
+from codalib.models.tokens import Tokens, split_levels
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of steps done, in (0, 1] -> fraction of tokens masked
     "cosine": lambda done: math.cos(done * math.pi / 2),
@@ -23,7 +24,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of steps done, in
 }
 GUIDANCE_SCHEDULES = ("constant", "linear")
 ORDERS = ("confidence", "coarse-to-fine")
-MASKED = -1  # in indices that are handed in or out: a token that is not known
 LEVEL_GAP = 1e6  # above any confidence; in float64 confidences keep 10 digits behind it
 TILE_LOGITS = 2**24  # logits held at once, twice that with guidance: 64 MiB in float32
 
@@ -80,26 +80,22 @@ def generate(
 ) -> Tokens:
     """Draw images' tokens, which `CodaTokenizer.decode` takes, with a model in evaluation mode.
 
-    Args:
-        condition, batch: labels (B,) or a `TextCondition`; without one, and without `fixed`, `batch` is B.
-        steps, schedule: 1 to the number of masked tokens; "cosine", "linear" or "square", see `unmask_counts`.
-        temperature: divides the logits that tokens are drawn from; near 0 the likeliest is taken.
-        choice_temperature: weight of the confidence's Gumbel noise at the start (MaskGIT's 4.5), 0 at the end.
-        guidance: w of classifier-free guidance, (1 + w) * conditional - w * unconditional logits; 0 needs no second
-            pass. guidance_schedule: see `guidance_at`.
-        order: "confidence" over all levels (the paper's), or "coarse-to-fine": no token is unmasked before those of
-            coarser levels, confidence decides within a level. Both unmask the schedule's number at each step.
-        generator: a CPU one for each sample; or one, or None for torch's own, to draw their seeds from.
-        fixed: one (B, p, p) a level of tokens that stay as they are, -1 where they are to be drawn (inpainting; with
-            another label, class editing). They may differ in number from sample to sample.
-    Raises:
-        ValueError: a value out of range, a condition that the model was not built for; the message says which.
+    condition, batch: labels (B,) or a `TextCondition`; without one, and without `fixed`, `batch` is B.
+    steps, schedule: 1 to the number of masked tokens; "cosine", "linear" or "square", see `unmask_counts`.
+    temperature: divides the logits that tokens are drawn from; near 0 the likeliest is taken.
+    choice_temperature: weight of the confidence's Gumbel noise at the start (MaskGIT's 4.5), 0 at the end.
+    guidance, guidance_schedule: w of (1 + w) * conditional - w * unconditional logits, see `guidance_at`.
+    order: "confidence" over all levels (the paper's), or "coarse-to-fine": no token is unmasked before those of coarser
+        levels, confidence decides within a level. Both unmask the schedule's number at each step.
+    generator: a CPU one for each sample; or one, or None for torch's own, to draw their seeds from.
+    fixed: one (B, p, p) a level of tokens that stay as they are, -1 where they are to be drawn (inpainting; with
+        another label, class editing). They may differ in number from sample to sample.
     """
     guidance_at(0, steps, guidance, guidance_schedule)
     check_sampling(model.training, model.is_conditional, temperature, guidance, order, ORDERS)
-    tokens = _start(model, condition, batch, fixed)  # (B, L) on the model's device
-    generators = _generators(generator, len(tokens))
-    plans = [unmask_counts(int(n), steps, schedule) if n else [0] * steps for n in _masked(model, tokens).sum(1)]
+    tokens = first_tokens(model, condition, batch, fixed)  # (B, L) on the model's device
+    generators = sample_generators(generator, len(tokens))
+    plans = [unmask_counts(int(n), steps, schedule) if n else [0] * steps for n in (tokens == model.mask_token).sum(1)]
     for step in range(steps):
         weight = guidance_at(step, steps, guidance, guidance_schedule)
         # (2, B, L) on the CPU: one number draws the token, one makes the choice's noise.
@@ -111,11 +107,11 @@ def generate(
         if order == "coarse-to-fine":
             confidence = confidence - LEVEL_GAP * model.token_levels
         counts = torch.tensor([plan[step] for plan in plans], device=tokens.device)
-        masked = _masked(model, tokens)
+        masked = tokens == model.mask_token
         rank = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True).argsort(dim=1)
         tokens = torch.where(masked & (rank < counts[:, None]), drawn, tokens)
         if on_step is not None:
-            seen = tokens.masked_fill(_masked(model, tokens), MASKED)
+            seen = tokens.masked_fill(tokens == model.mask_token, MASKED)
             on_step(Step(step, split_levels(seen, model.scales), split_levels(drawn, model.scales)))
     return Tokens(split_levels(tokens, model.scales), model.codebook_size)
 
@@ -128,10 +124,10 @@ def _draw(
     The log-probability is that of the guided logits before the temperature: at a low temperature all draws would
     otherwise be equally sure.
     """
-    masked = _masked(model, tokens)  # (B, L)
+    masked = tokens == model.mask_token  # (B, L)
     if guidance:
         absent = torch.arange(2 * len(tokens), device=tokens.device) >= len(tokens)
-        both = model.features(torch.cat([tokens, tokens]), _twice(condition), absent)
+        both = model.features(torch.cat([tokens, tokens]), twice(condition), absent)
         states = [state[masked] for state in both.chunk(2)]  # conditional, unconditional: (M, D)
     else:
         states = [model.features(tokens, condition)[masked]]
@@ -155,43 +151,3 @@ def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Te
     aim = uniform[:, None] * cumulative[:, -1:]  # the last is 1 but for rounding
     token = torch.searchsorted(cumulative, aim, right=True).clamp_(max=logits.shape[1] - 1)  # (N, 1)
     return token[:, 0], logits.log_softmax(dim=1).gather(1, token)[:, 0].double()
-
-
-def _masked(model: MaskGIT, tokens: Tensor) -> Tensor:
-    return tokens == model.mask_token
-
-
-def _twice(condition: Condition) -> Condition:
-    if isinstance(condition, TextCondition):
-        return TextCondition(*(torch.cat([part, part]) for part in condition))
-    return torch.cat([condition, condition])
-
-
-def _start(model: MaskGIT, condition: Condition, batch: int | None, fixed: Sequence[Tensor] | None) -> Tensor:
-    """The sequences at the start: the mask token but where tokens are fixed."""
-    if isinstance(condition, TextCondition):
-        batch = len(condition.mask)
-    elif condition is not None:
-        batch = len(condition)
-    elif fixed is not None:
-        batch = len(fixed[0])
-    if not batch:
-        raise ValueError(
-            "expected labels, captions, fixed tokens or batch, got none: the number of samples is not known"
-        )
-    check_condition(condition, batch, model.num_classes, model.text_dim)
-    device = model.positions.device
-    if fixed is None:
-        return torch.full((batch, model.num_tokens), model.mask_token, device=device)
-    check_fixed(fixed, batch, model.scales, model.codebook_size)
-    tokens = join_levels(fixed).long().to(device)
-    return tokens.masked_fill(tokens == MASKED, model.mask_token)
-
-
-def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, batch: int) -> list[torch.Generator]:
-    if generator is None or isinstance(generator, torch.Generator):
-        seeds = torch.randint(2**62, (batch,), generator=generator, device=getattr(generator, "device", "cpu"))
-        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-    if len(generator) != batch:
-        raise ValueError(f"expected a generator for each of {batch} samples, got {len(generator)}")
-    return list(generator)

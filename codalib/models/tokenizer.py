@@ -47,19 +47,14 @@ class CodaTokenizer(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """Indices an image."""
         return self.quantizer.num_tokens
 
     def forward(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> TokenizerOutput:
-        """Encode, quantize and decode images (B, 3, h, w) in [-1, 1].
-
-        The posterior is sampled, in evaluation too, as the release does; `sample=False` takes its mean.
-        """
+        """Encode, quantize and decode images (B, 3, h, w) in [-1, 1]; `sample`: see `ContinuousVAE.encode`."""
         latents = self.vae.encode(self._checked(images), sample, generator)
         out = self.quantizer(latents)
-        return TokenizerOutput(
-            self.vae.decode(out.quantized), latents, out.quantized, out.indices, out.quantization_loss, out.entropy_loss
-        )
+        losses = out.quantization_loss, out.entropy_loss
+        return TokenizerOutput(self.vae.decode(out.quantized), latents, out.quantized, out.indices, *losses)
 
     @torch.no_grad()
     def encode(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tokens:
@@ -68,10 +63,7 @@ class CodaTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: list[Tensor], levels: int | None = None, partial: bool = False) -> Tensor:
-        """Indices -> images (B, 3, h, w) in about [-1, 1].
-
-        `levels=k` decodes the first k levels alone; with `partial` a token of -1 is not known and adds nothing.
-        """
+        """Indices -> images (B, 3, h, w) in about [-1, 1]; `levels`, `partial`: see `ResidualQuantizer.decode`."""
         return self.vae.decode(self.quantizer.decode(indices, levels, partial))
 
     def _checked(self, images: Tensor) -> Tensor:
@@ -83,10 +75,7 @@ class CodaTokenizer(nn.Module):
         return images
 
     def save_pretrained(self, folder: str | Path, base: str | Path | None = None) -> None:
-        """Write the quantizer, the adapters, and the base VAE or its name; the folder is replaced once all is written.
-
-        `base` is what `load_vae` takes to find the base VAE again; None writes the VAE itself (one without adapters).
-        """
+        """Replace the folder; `base` is the name of the base VAE for `load_vae`, None writes the VAE itself."""
         from codalib.models.checkpoints.ours import save_tokenizer  # which imports this module
 
         save_tokenizer(self, folder, base)
@@ -95,10 +84,7 @@ class CodaTokenizer(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, vae: str | Path | None = None, backend: str = "auto"
     ) -> "CodaTokenizer":
-        """Load a saved folder, or "emoji" or "emoji-small", frozen and in evaluation mode.
-
-        `vae` is another place of the base VAE than the one that was saved. Raises ValueError on parts that do not fit.
-        """
+        """Load a saved folder, "emoji" or "emoji-small", frozen; `vae` is another place of the base VAE."""
         from codalib.models.checkpoints.ours import load_saved_tokenizer  # which imports this module
 
         return load_saved_tokenizer(folder, vae, backend)

@@ -16,12 +16,10 @@ class Tokens(list[Tensor]):
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """The side of each level's grid."""
         return tuple(level.shape[-1] for level in self)
 
     @property
     def images(self) -> int:
-        """B."""
         return len(self[0])
 
     @property

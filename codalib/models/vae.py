@@ -14,8 +14,7 @@ from torch import Tensor, nn
 class ContinuousVAE(nn.Module):
     """A continuous VAE between images (B, 3, h, w) in [-1, 1] and normalised latents (B, C, H, W).
 
-    latents = (z - shift) * scale with z from the autoencoder's posterior; shift and scale come from its config
-    (`shift_factor`, `scaling_factor`).
+    latents = (z - shift) * scale with z from the autoencoder's posterior; shift and scale come from its config.
     """
 
     def __init__(self, autoencoder: AutoencoderKL):
@@ -23,17 +22,9 @@ class ContinuousVAE(nn.Module):
         self.autoencoder = autoencoder
         self.adapter_settings: dict | None = None  # of `models.adapters.add_adapters`
 
-    @property
-    def scale(self) -> float:
-        return self.autoencoder.config.scaling_factor
-
-    @property
-    def shift(self) -> float:
-        return self.autoencoder.config.shift_factor or 0.0
-
-    @property
-    def latent_channels(self) -> int:
-        return self.autoencoder.config.latent_channels
+    scale = property(lambda self: self.autoencoder.config.scaling_factor)
+    shift = property(lambda self: self.autoencoder.config.shift_factor or 0.0)
+    latent_channels = property(lambda self: self.autoencoder.config.latent_channels)
 
     @property
     def downsampling(self) -> int:
@@ -68,7 +59,6 @@ class ContinuousVAE(nn.Module):
         return self.autoencoder.decode(latents / self.scale + self.shift).sample
 
     def forward(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
-        """Encode and decode."""
         return self.decode(self.encode(images, sample, generator))
 
     def save_pretrained(self, folder: str | Path) -> None:

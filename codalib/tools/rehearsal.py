@@ -26,9 +26,9 @@ from codalib.base.paths import project_folder
 from codalib.base.processes import launch
 from codalib.datasets.images import DataError, ImageDataset
 from codalib.kernels.assignment import resolve_backend
+from codalib.models.adversary import build_discriminator
 from codalib.models.checkpoints import PUBLISHED_VAES, find_model, load_vae
 from codalib.models.checks import NonFiniteLoss
-from codalib.models.discriminator import build_discriminator
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import build_perceptual

@@ -10,10 +10,8 @@ from torch import Tensor
 from codalib.base.files import atomic_write
 from codalib.base.processes import make_accelerator
 from codalib.evaluation.latents import latent_scores
-from codalib.models.losses import (
-    LossWeights,
-    weighted_sum,
-)
+from codalib.models.loss_weights import LossWeights
+from codalib.models.losses import weighted_sum
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.training.settings import QuantizerSettings
 from codalib.training.trainer import Loop, _checksum

@@ -10,18 +10,12 @@ from torch import Tensor
 from codalib.base.processes import make_accelerator
 from codalib.datasets.images import ImageDataset, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
-from codalib.models.adapters import add_adapters, last_decoder_adapter
+from codalib.models.adapters import add_adapters
+from codalib.models.adversary import build_discriminator, frozen, real_and_fake
 from codalib.models.baselines import fresh_copy
 from codalib.models.checkpoints import load_vae
-from codalib.models.discriminator import build_discriminator, frozen, real_and_fake
-from codalib.models.losses import (
-    adaptive_weight,
-    discriminator_hinge,
-    generator_hinge,
-    ramp,
-    reconstruction_terms,
-    weighted_sum,
-)
+from codalib.models.loss_weights import adaptive_weight, last_decoder_adapter, ramp
+from codalib.models.losses import discriminator_hinge, generator_hinge, reconstruction_terms, weighted_sum
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE

@@ -6,7 +6,8 @@ from codalib.datasets.text import CaptionTable, build_text_encoder
 from codalib.datasets.token_cache import check_generator
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.checkpoints import EMBEDDED_GENERATORS
-from codalib.models.maskgit import MaskGIT, TextCondition, sample_mask
+from codalib.models.maskgit import MaskGIT, TextCondition
+from codalib.models.masks import sample_mask
 from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES
 from codalib.models.sampling import generate
 from codalib.models.tokenizer import CodaTokenizer
@@ -123,13 +124,13 @@ def test_a_dropped_condition_is_not_seen():
     tokens, _ = batch()
     dropped = torch.tensor([True, False, True, False])
     by_class = small(num_classes=3)
-    a = by_class.hidden(tokens, torch.tensor([0, 0, 0, 0]), dropped)
-    b = by_class.hidden(tokens, torch.tensor([1, 1, 2, 2]), dropped)
+    a = by_class.features(tokens, torch.tensor([0, 0, 0, 0]), dropped)
+    b = by_class.features(tokens, torch.tensor([1, 1, 2, 2]), dropped)
     assert torch.equal(a[0], b[0])
     assert not torch.allclose(a[1], b[1], atol=1e-4)
     by_text, text = small(text_dim=6), captions()
     other = TextCondition(text.embeddings.flip(0), text.mask)
-    a, b = by_text.hidden(tokens, text, dropped), by_text.hidden(tokens, other, dropped)
+    a, b = by_text.features(tokens, text, dropped), by_text.hidden(tokens, other, dropped)
     torch.testing.assert_close(a[2], b[2])
     assert not torch.allclose(a[1], b[1], atol=1e-4)
 
@@ -152,7 +153,7 @@ def test_positions_are_each_levels_own_or_one_set_averaged():
     tokens = torch.full((1, 14), 3)
     with torch.no_grad():  # without its level a token of one place would be the same at each of two equal maps
         twice = MaskGIT(K, (2, 2), 16, 1, 2, level_positions=False).eval()
-        first, second = twice.hidden(tokens[:, :8])[0].split(4)
+        first, second = twice.features(tokens[:, :8])[0].split(4)
     assert not torch.allclose(first, second, atol=1e-5)
 
 
@@ -193,7 +194,7 @@ def test_with_latent_context_the_loss_is_that_of_the_logits_and_it_is_saved(tmp_
     assert all(p.grad.abs().sum() > 0 for p in (model.context.weight, model.head_projection.weight))
     model.save_pretrained(tmp_path / "model")
     again = MaskGIT.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(again.logits(again.hidden(tokens)), model.logits(model.features(tokens)))
+    torch.testing.assert_close(again.logits(again.features(tokens)), model.logits(model.features(tokens)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -208,7 +209,7 @@ def test_saved_and_loaded_is_the_same(tmp_path, dtype):
     assert not loaded.training
     labels = torch.tensor([0, 1, 2, 0])
     tolerance = {"float32": 0, "float16": 2e-2, "bfloat16": 2e-1}[dtype]
-    torch.testing.assert_close(loaded.hidden(tokens, labels), model.features(tokens, labels), atol=tolerance, rtol=0)
+    torch.testing.assert_close(loaded.features(tokens, labels), model.features(tokens, labels), atol=tolerance, rtol=0)
 
 
 def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):
@@ -237,13 +238,13 @@ def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):
 )
 def test_a_condition_that_does_not_fit_is_one_sentence(settings, condition, message):
     with pytest.raises(ValueError, match=message) as caught:
-        small(**settings).hidden(batch()[0], condition)
+        small(**settings).features(batch()[0], condition)
     assert "\n" not in str(caught.value)
 
 
 def test_other_lengths_raise():
     with pytest.raises(ValueError, match=r"expected \(B, 14\)"):
-        small().hidden(torch.zeros(2, 13, dtype=torch.long))
+        small().features(torch.zeros(2, 13, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", EMBEDDED_GENERATORS)

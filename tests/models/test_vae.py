@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 
-from codalib.models.adapters import add_adapters, last_decoder_adapter
+from codalib.models.adapters import add_adapters
 from codalib.models.checkpoints import load_adapters, load_vae, save_adapters
 from codalib.models.checkpoints.ours import plain_copy
+from codalib.models.loss_weights import last_decoder_adapter
 from codalib.models.vae import ContinuousVAE
 
 

@@ -13,7 +13,8 @@ from codalib.datasets.text import TextEncoder
 from codalib.datasets.token_cache import CAPTIONS, CODES, MANIFEST, SHARDS, TokenCache
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.checkpoints import load_vae
-from codalib.models.maskgit import MaskGIT, sample_mask
+from codalib.models.maskgit import MaskGIT
+from codalib.models.masks import sample_mask
 from codalib.models.sampling import generate
 from codalib.models.tokens import join_levels
 from codalib.training.maskgit import condition_from, metrics_from, parameter_groups, train_maskgit, validation_sums

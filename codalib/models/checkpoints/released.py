@@ -103,7 +103,7 @@ def norm_of(state_dict: Mapping[str, Tensor]) -> str | None:
 def load_kl16(state_dict: Mapping[str, Tensor]) -> ContinuousVAE:
     """MAR's VAE in the layout of latent diffusion (latent scale 0.2325), frozen and in evaluation mode.
 
-    With the release's LoRA tensors beside the convolutions they become adapters (`save_adapters` and `plain_copy` work on
+    With the release's LoRA tensors beside the convolutions they become adapters (`save_adapters` and `plain_copy` take
     them); without, there are none. Other widths, depths and ranks than the published ones are read from the shapes.
     Raises ValueError, listing every tensor that is missing, not expected or mis-shaped.
     """
