@@ -126,3 +126,17 @@ def check_sampling(
         raise ValueError(f"expected a temperature above 0 (near 0: the likeliest token), got {temperature}")
     if guidance < 0 or (guidance and not conditional):
         raise ValueError(f"expected guidance of 0 (none) or more, and 0 for a model without condition, got {guidance}")
+
+
+def check_tokens(tokens: Tensor, length: int) -> None:
+    """MaskGIT's sequences are (B, length)."""
+    if tokens.ndim != 2 or tokens.shape[1] != length:
+        raise ValueError(f"expected tokens of shape (B, {length}), got {tuple(tokens.shape)}")
+
+
+def check_images(images: Tensor, channels: int, side: int | None = None) -> None:
+    """Images are (B, channels, h, w), or (B, channels, side, side)."""
+    expected = ("h", "w") if side is None else (side, side)
+    if images.ndim != 4 or images.shape[1] != channels or (side is not None and tuple(images.shape[2:]) != expected):
+        shape = ", ".join(map(str, (channels, *expected)))
+        raise ValueError(f"expected images of shape (B, {shape}), got {tuple(images.shape)}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codalib.kernels.cross_entropy import linear_cross_entropy
-from codalib.models.checks import check_condition, check_width
+from codalib.models.checks import check_condition, check_tokens, check_width
 from codalib.models.latent_context import CodeValues
 from codalib.models.tokens import token_levels
 from codalib.models.transformer import INITIAL_STD, Block, initialise
@@ -38,8 +38,7 @@ class MaskGIT(CodeValues):
     """Predicts masked tokens from visible ones and a condition (section 4.3 of arXiv:2503.17760).
 
     Args:
-        codebook_size: K; the token K is the mask.
-        scales: the side of each level's map, as the quantizer has them.
+        codebook_size, scales: K, where the token K is the mask, and the side of each level's map.
         width, depth, heads: of the transformer.
         num_classes, text_dim: the condition, of one kind or none: labels 0 to num_classes - 1, or a text encoder's
             token embeddings of width text_dim. dropout: on the embeddings and in the blocks.
@@ -116,8 +115,7 @@ class MaskGIT(CodeValues):
         `condition` is of the model's kind; `dropped` (B,) bool is true for samples that are not to see theirs.
         Raises ValueError on another length, a condition of another kind, or a label out of range.
         """
-        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
-            raise ValueError(f"expected tokens of shape (B, {self.num_tokens}), got {tuple(tokens.shape)}")
+        check_tokens(tokens, self.num_tokens)
         check_condition(condition, len(tokens), self.num_classes, self.text_dim)
         if dropped is None:
             dropped = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -174,8 +172,11 @@ class MaskGIT(CodeValues):
 
     def config(self) -> dict[str, Any]:
         names = ("codebook_size", "scales", "width", "depth", "heads", "num_classes", "text_dim", "dropout")
-        config = {name: getattr(self, name) for name in (*names, "level_positions", "latent_context")}
-        return config | {"scales": list(self.scales), "dropout": self.dropout_rate}
+        names = (*names, "level_positions", "latent_context")
+        return {name: getattr(self, name) for name in names} | {
+            "scales": list(self.scales),
+            "dropout": self.dropout_rate,
+        }
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write weights (stored as `dtype`), settings and `info`, replacing the folder."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from codalib.models.checks import check_images
 from codalib.models.library_quantizers import LibraryQuantizer
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokens import Tokens
@@ -67,11 +68,7 @@ class CodaTokenizer(nn.Module):
         return self.vae.decode(self.quantizer.decode(indices, levels, partial))
 
     def _checked(self, images: Tensor) -> Tensor:
-        expected = (3, self.resolution, self.resolution)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(
-                f"expected images of shape (B, 3, {expected[1]}, {expected[2]}), got {tuple(images.shape)}"
-            )
+        check_images(images, 3, self.resolution)
         return images
 
     def save_pretrained(self, folder: str | Path, base: str | Path | None = None) -> None:

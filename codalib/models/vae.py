@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from codalib.models.checks import check_images
+
 
 class ContinuousVAE(nn.Module):
     """A continuous VAE between images (B, 3, h, w) in [-1, 1] and normalised latents (B, C, H, W).
@@ -39,9 +41,7 @@ class ContinuousVAE(nn.Module):
 
     def posterior(self, images: Tensor):
         """The autoencoder's own Gaussian (`mean`, `logvar`, `sample`), not normalised."""
-        channels = self.autoencoder.config.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"expected images of shape (B, {channels}, h, w), got {tuple(images.shape)}")
+        check_images(images, self.autoencoder.config.in_channels)
         return self.autoencoder.encode(images).latent_dist
 
     def encode(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:

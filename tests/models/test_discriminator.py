@@ -161,9 +161,9 @@ def test_to_side_follows_the_released_rule():
 def test_errors(discriminator):
     with pytest.raises(ValueError, match="at least 33"):
         discriminator(torch.zeros(2, 3, 32, 32))
-    with pytest.raises(TypeError, match="expected DinoViTS16"):
+    with pytest.raises(TypeError, match="expected a backbone DinoViTS16"):
         module.FrozenFeatureDiscriminator(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="expected dino"):
+    with pytest.raises(ValueError, match="expected the discriminator dino"):
         adversary.build_discriminator("stylegan")
 
 

@@ -356,7 +356,7 @@ def test_bad_folders_are_one_sentence(tmp_path):
         load_released_tokenizer(tmp_path / "nowhere")
     torch.save({"epoch": 3}, tmp_path / "vae.pth")
     (tmp_path / "quantizer.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"vae\.pth holds epoch, expected named tensors"):
+    with pytest.raises(ValueError, match=r"expected named tensors .*vae\.pth, got epoch"):
         load_released_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_weights(tmp_path / "quantizer.pth")

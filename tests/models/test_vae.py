@@ -129,7 +129,7 @@ def test_a_vae_survives_its_folder(vae, images, tmp_path):
 def test_bad_input_is_one_sentence(vae, tmp_path):
     with pytest.raises(ValueError, match="multiple of 8"):
         vae.latent_side(60)
-    with pytest.raises(ValueError, match="expected \\(B, 3, h, w\\)"):
+    with pytest.raises(ValueError, match="expected images of shape \\(B, 3, h, w\\)"):
         vae.encode(torch.zeros(1, 1, 64, 64))
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_vae(tmp_path)
