@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from codalib.models.checks import check_positive
 from codalib.models.vae import ContinuousVAE
 
 ADAPTED_PARTS = {"both": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",), "none": ()}
@@ -35,8 +36,7 @@ def add_adapters(
     """
     if where not in ADAPTED_PARTS:
         raise ValueError(f"expected adapters on one of {', '.join(ADAPTED_PARTS)}, got {where!r}")
-    if rank < 1:
-        raise ValueError(f"expected adapters of a rank of at least 1, got {rank}")
+    check_positive(rank=rank)
     if vae.adapter_settings is not None:
         raise ValueError("expected a VAE without adapters, got one with them: load it anew, or merge them first")
     vae.requires_grad_(False)

@@ -140,3 +140,10 @@ def check_images(images: Tensor, channels: int, side: int | None = None) -> None
     if images.ndim != 4 or images.shape[1] != channels or (side is not None and tuple(images.shape[2:]) != expected):
         shape = ", ".join(map(str, (channels, *expected)))
         raise ValueError(f"expected images of shape (B, {shape}), got {tuple(images.shape)}")
+
+
+def check_positive(**settings: float) -> None:
+    """Each of the named settings is above 0."""
+    for name, value in settings.items():
+        if value <= 0:
+            raise ValueError(f"expected {name} above 0, got {value}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from codalib.kernels import assignment as kernels
 from codalib.kernels.assignment import ENTROPY_EPS, Assignment
-from codalib.models.checks import check_indices, check_latents, check_quantizer
+from codalib.models.checks import check_indices, check_latents, check_positive, check_quantizer
 from codalib.models.tokens import Tokens
 
 MAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 680 tokens; the release's levels for 16 x 16 latents
@@ -149,9 +149,6 @@ class ResidualQuantizer(nn.Module):
         names = ("kind", "latent_channels", "codebook_size", "scales", "beta")
         return {name: getattr(self, name) for name in names} | {"scales": list(self.scales)}
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
-
     def checked(self, latents: Tensor) -> Tensor:
         check_latents(latents, self.latent_channels, self.scales[-1])
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -219,8 +216,7 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
         backend: str = "auto",
     ):
         super().__init__(latent_channels, codebook_size, scales, beta, backend)
-        if entropy_temperature <= 0:
-            raise ValueError(f"expected an entropy_temperature above 0, got {entropy_temperature}")
+        check_positive(entropy_temperature=entropy_temperature)
         self.attention_dim, self.norm, self.entropy_temperature = attention_dim, norm, entropy_temperature
         self.attn = CodebookAttention(latent_channels, attention_dim, norm)
 

@@ -121,8 +121,7 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each masked position: tokens (B, L) with them filled in, and their log-probabilities (B, L).
 
-    The log-probability is that of the guided logits before the temperature: at a low temperature all draws would
-    otherwise be equally sure.
+    Of the logits before the temperature: at a low temperature all draws would otherwise be equally sure.
     """
     masked = tokens == model.mask_token  # (B, L)
     if guidance:

@@ -130,7 +130,7 @@ def test_a_dropped_condition_is_not_seen():
     assert not torch.allclose(a[1], b[1], atol=1e-4)
     by_text, text = small(text_dim=6), captions()
     other = TextCondition(text.embeddings.flip(0), text.mask)
-    a, b = by_text.features(tokens, text, dropped), by_text.hidden(tokens, other, dropped)
+    a, b = by_text.features(tokens, text, dropped), by_text.features(tokens, other, dropped)
     torch.testing.assert_close(a[2], b[2])
     assert not torch.allclose(a[1], b[1], atol=1e-4)
 

@@ -65,7 +65,7 @@ def test_unknown_network_and_damaged_file(weights_folder):
     with pytest.raises(ValueError, match="fetch it again"):
         features.DinoViTS16()
     torch.save([1, 2], weights_folder / "dino_deitsmall16_pretrain.pth")
-    with pytest.raises(ValueError, match="expected named tensors .*got list"):
+    with pytest.raises(ValueError, match=r"expected named tensors .*got list"):
         features.DinoViTS16()
 
 
