@@ -172,15 +172,12 @@ class MaskGIT(CodeValues):
 
     def config(self) -> dict[str, Any]:
         names = ("codebook_size", "scales", "width", "depth", "heads", "num_classes", "text_dim", "dropout")
-        names = (*names, "level_positions", "latent_context")
-        return {name: getattr(self, name) for name in names} | {
-            "scales": list(self.scales),
-            "dropout": self.dropout_rate,
-        }
+        values = {name: getattr(self, name) for name in (*names, "level_positions", "latent_context")}
+        return values | {"scales": list(self.scales), "dropout": self.dropout_rate}
 
     def save_pretrained(self, folder: str | Path, dtype: str = "float32") -> None:
         """Write weights (stored as `dtype`), settings and `info`, replacing the folder."""
-        from codalib.models.checkpoints.ours import save_maskgit  # imports this module
+        from codalib.models.checkpoints.ours import save_maskgit  # which imports this module
 
         save_maskgit(self, folder, dtype)
 

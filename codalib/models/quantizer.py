@@ -149,6 +149,9 @@ class ResidualQuantizer(nn.Module):
         names = ("kind", "latent_channels", "codebook_size", "scales", "beta")
         return {name: getattr(self, name) for name in names} | {"scales": list(self.scales)}
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
+
     def checked(self, latents: Tensor) -> Tensor:
         check_latents(latents, self.latent_channels, self.scales[-1])
         return latents.to(torch.promote_types(latents.dtype, torch.float32))

@@ -43,10 +43,6 @@ class Tokens(list[Tensor]):
         codes = torch.cat([level.flatten() for level in self])
         return len(codes[codes >= 0].unique()) / self.codebook_size
 
-    def take(self, images: slice | Sequence[int] | Tensor) -> "Tokens":
-        """The tokens of some of the images, as indexing takes them."""
-        return Tokens((level[images] for level in self), self.codebook_size)
-
 
 def join_levels(indices: Sequence[Tensor]) -> Tensor:
     """One (B, p, p) a level -> the sequence (B, L), coarse to fine, each map row by row."""
