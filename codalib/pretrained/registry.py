@@ -189,7 +189,7 @@ def find_weights(name: str) -> Path:
         MissingWeights: the file is in none of the places where it is looked for.
     """
     if name not in NETWORKS:
-        raise KeyError(f"got the network name {name!r}, expected one of {', '.join(NETWORKS)}")
+        raise KeyError(f"expected a network of {', '.join(NETWORKS)}, got {name!r}")
     network = NETWORKS[name]
     for path in network.candidates():
         if network.is_whole(path):

@@ -248,7 +248,7 @@ def test_top_assign_gives_the_sorted_largest_logits_and_the_normaliser():
     torch.testing.assert_close(top, logits.sort(dim=1, descending=True).values[:, :5])
     torch.testing.assert_close(logits.gather(1, indices), top)
     torch.testing.assert_close(log_sums, logits.logsumexp(dim=1))
-    with pytest.raises(ValueError, match="expected 1 to 45"):
+    with pytest.raises(ValueError, match="expected a count from 1 to 45"):
         top_assign(queries, keys, 46)
 
 
@@ -296,9 +296,9 @@ def test_what_cannot_run_raises_one_clear_sentence(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"Triton is not installed|move them to CUDA"):
         softmax_assign(queries, keys, values, 1.0, 1.0, "triton")
-    with pytest.raises(ValueError, match="'magic' is unknown; choose one of auto"):
+    with pytest.raises(ValueError, match="expected a backend of auto, .*got 'magic'"):
         argmax_assign(queries, keys, backend="magic")
-    with pytest.raises(ValueError, match=r"expected \(N, D\) and \(K, D\)"):
+    with pytest.raises(ValueError, match=r"expected rows \(N, D\) and codes \(K, D\)"):
         softmax_assign(queries[:, :2], keys, values, 1.0, 1.0)
     with pytest.raises(ValueError, match="at least 1"):
         nearest_assign(queries[:0], keys)
@@ -348,9 +348,9 @@ def test_linear_cross_entropy_leaves_unasked_gradients_out_and_obeys_autocast():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": torch.tensor([0, 5, 1, 1])}, r"targets in \[0, 5\] got, expected \[0, 4\]; is a mask token"),
-        ({"targets": torch.tensor([0, 1])}, r"expected \(4,\)"),
-        ({"label_smoothing": 1.5}, "expected 0 to 1"),
+        ({"targets": torch.tensor([0, 5, 1, 1])}, r"expected targets in \[0, 4\], got \[0, 5\]: is a mask token"),
+        ({"targets": torch.tensor([0, 1])}, r"expected targets of shape \(4,\)"),
+        ({"label_smoothing": 1.5}, "expected label_smoothing from 0 to 1"),
         ({"hidden": torch.zeros(0, 6), "targets": torch.zeros(0, dtype=torch.long)}, "at least 1"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_generator_step_leaves_nothing_on_the_discriminator(discriminator, ima
     with adversary.frozen(discriminator) as frozen:
         assert frozen is discriminator
         assert frozen.training
-        loss = generator_hinge(adversary.frozen(generator(images)))
+        loss = generator_hinge(frozen(generator(images)))
     loss.backward()
     assert generator.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in discriminator.parameters())
@@ -194,7 +194,7 @@ def test_in_a_process_group(process_group, effnet, images, monkeypatch, caplog):
     wrapped = nn.parallel.DistributedDataParallel(plain)
     with adversary.frozen(wrapped) as frozen:
         assert frozen is plain
-        adversary.frozen(images.requires_grad_()).mean().backward()
+        frozen(images.requires_grad_()).mean().backward()
     wrapped(images.detach()).mean().backward()
     assert all(parameter.grad is not None for parameter in plain.heads.parameters())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -125,7 +125,7 @@ def test_perceptual_names(monkeypatch, tmp_path):
     assert perceptual.build_perceptual("auto").name == "perceptual_effnet"
     with pytest.raises(registry.MissingWeights):
         perceptual.build_perceptual("perceptual_vgg")
-    with pytest.raises(ValueError, match="expected perceptual_vgg"):
+    with pytest.raises(ValueError, match="expected the perceptual network perceptual_vgg"):
         perceptual.build_perceptual("alex")
     (tmp_path / "vgg16-397923af.pth").touch()
     monkeypatch.setattr(perceptual, "lpips_vgg", lambda: lambda reference, other: (reference - other).flatten(1).sum(1))
