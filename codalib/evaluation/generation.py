@@ -39,8 +39,9 @@ from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_tokens
 from codalib.evaluation.metrics import FrechetDistance, build_frechet, frechet_distance, precision_recall
 from codalib.evaluation.reconstruction import file_stamps
 from codalib.models.checkpoints import find_model, load_tokenizer
-from codalib.models.maskgit import Condition, MaskGIT, split_levels
+from codalib.models.maskgit import Condition, MaskGIT
 from codalib.models.sampling import generate
+from codalib.models.tokens import split_levels
 
 log = logging.getLogger(__name__)
 

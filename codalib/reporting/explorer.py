@@ -23,7 +23,7 @@ from codalib.datasets.images import (
 )
 from codalib.evaluation.metrics import psnr
 from codalib.models.maskgit import Condition, MaskGIT
-from codalib.models.quantizer import Ranking
+from codalib.models.ranking import Ranking, rank_codes
 from codalib.models.sampling import Step, generate
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.tokens import Tokens
@@ -59,7 +59,7 @@ def explain(tokenizer: CodaTokenizer, image: Tensor, top: int = 20) -> Explained
     """
     device = next(tokenizer.parameters()).device
     latents = tokenizer.vae.encode(image[None].to(device), sample=False)
-    ranking = tokenizer.quantizer.ranking(latents, min(top, tokenizer.quantizer.codebook_size))
+    ranking = rank_codes(tokenizer.quantizer, latents, min(top, tokenizer.quantizer.codebook_size))
     tokens = Tokens((level.codes[..., 0] for level in ranking), tokenizer.quantizer.codebook_size)
     partial = torch.cat([tokenizer.quantizer.decode(tokens, levels=k) for k in range(1, len(tokens) + 1)])
     pictures = tokenizer.vae.decode(partial).cpu()
@@ -80,7 +80,7 @@ class Assignment:
     row: int
     column: int
     code: int  # the one that is taken
-    score: float  # its, see `ResidualQuantizer.confidence`
+    score: float  # its, see `models.ranking.rank_codes`
     second: float  # the next best code's
 
 

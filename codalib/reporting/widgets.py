@@ -19,8 +19,9 @@ from torch import Tensor
 from codalib.base.seeds import sample_generators
 from codalib.datasets.images import DataError, ImageDataset
 from codalib.datasets.text import CaptionTable, TextEncoder
+from codalib.models.editing import keep_outside, with_token
 from codalib.models.maskgit import Condition, MaskGIT
-from codalib.models.sampling import ORDERS, keep_outside
+from codalib.models.sampling import ORDERS
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.tokens import Tokens
 from codalib.reporting import display as rich
@@ -231,7 +232,7 @@ class EditExplorer(Explorer):
 
     def edit(self, code: int) -> None:
         """Put CODE at the level and cell that are pointed at; -1 masks the token."""
-        self.tokens = self.tokens.with_token(self.level.value - 1, *self.picture.cell, code)
+        self.tokens = with_token(self.tokens, self.level.value - 1, *self.picture.cell, code)
         self.changed += 1
         self.draw()
 
@@ -255,9 +256,9 @@ class EditExplorer(Explorer):
         last, middle = len(tokens) - 1, tokens.scales[-1] // 2
         edits = {
             "as it is": tokens,
-            "level 1 erased": tokens.with_token(0, 0, 0, -1),
-            "level 1 replaced": tokens.with_token(0, 0, 0, (int(tokens[0][0, 0, 0]) + 1) % tokens.codebook_size),
-            f"one token of level {last + 1} erased": tokens.with_token(last, middle, middle, -1),
+            "level 1 erased": with_token(tokens, 0, 0, 0, -1),
+            "level 1 replaced": with_token(tokens, 0, 0, 0, (int(tokens[0][0, 0, 0]) + 1) % tokens.codebook_size),
+            f"one token of level {last + 1} erased": with_token(tokens, last, middle, middle, -1),
         }
         return _cells([_captioned(decode(own, partial=True)[0], name) for name, own in edits.items()])
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from codalib.base.hardware import machine
 from codalib.kernels.assignment import ENTROPY_EPS
-from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES, ResidualAttentionQuantizer, ResidualNearestQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES, ResidualAttentionQuantizer
 
 CHANNELS, WIDTH = 16, 32  # latent channels and attention width of the release
 SCALES = {"MAR": MAR_SCALES, "FLUX": FLUX_SCALES, "equal": (16, 16, 16), "tiny": (1, 2, 3)}

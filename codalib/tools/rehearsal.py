@@ -26,11 +26,11 @@ from codalib.base.paths import project_folder
 from codalib.base.processes import launch
 from codalib.datasets.images import DataError, ImageDataset
 from codalib.kernels.assignment import resolve_backend
-from codalib.models.checkpoints import find_model
-from codalib.models.discriminator import build_discriminator
-from codalib.models.losses import NonFiniteLoss
+from codalib.models.adversary import build_discriminator
+from codalib.models.checkpoints import PUBLISHED_VAES, find_model, load_vae
+from codalib.models.checks import NonFiniteLoss
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import PUBLISHED_VAES, ContinuousVAE, load_vae
+from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import build_perceptual
 from codalib.pretrained.registry import MissingWeights, has_weights
 from codalib.pretrained.vae_layouts import CONFIGS
@@ -223,7 +223,8 @@ def _two_steps(
     size_of = (tokens, settings.codebook_size, settings.attention_dim, channels)
     assignment = assignment_operations(*size_of) if settings.kind == "attention" else 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if assignment and resolve_backend(settings.backend, device, *size_of[:2]) == "triton":
+    kernels = settings.backend != "reference" and resolve_backend(settings.backend, device, *size_of[:2])
+    if assignment and kernels == "triton":
         counts["matrix products"] += assignment  # the counter does not see into its kernels
     images = settings.batch_size
     return {

@@ -16,7 +16,7 @@ from codalib.base.processes import launch
 from codalib.datasets.images import SPLITS, DataError
 from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_dataset, tokenizer_hash
 from codalib.models.checkpoints import find_model, load_tokenizer
-from codalib.models.maskgit import split_levels
+from codalib.models.tokens import split_levels
 from codalib.reporting.display import png, to_bytes
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from codalib.base.seeds import sample_generators
 from codalib.datasets.text import CaptionTable, TextEncoder, build_text_encoder
 from codalib.datasets.token_cache import TokenCache
-from codalib.models.maskgit import Condition, MaskGIT, sample_mask
+from codalib.models.maskgit import Condition, MaskGIT
+from codalib.models.masks import sample_mask
 from codalib.training.settings import MaskGITSettings
 from codalib.training.trainer import Stage, Trainer
 

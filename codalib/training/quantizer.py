@@ -12,7 +12,8 @@ from codalib.base.files import atomic_write
 from codalib.base.seeds import sample_generators
 from codalib.evaluation.latents import latent_scores
 from codalib.models.data_start import start_from_data
-from codalib.models.losses import LossWeights, weighted_sum
+from codalib.models.loss_weights import LossWeights
+from codalib.models.losses import weighted_sum
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.training.settings import QuantizerSettings
 from codalib.training.trainer import Stage, Trainer, checksum

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass
 
 from codalib.datasets.token_cache import TokenCache
+from codalib.models.adapters import ADAPTED_LAYERS
 from codalib.models.library_quantizers import LIBRARY_KINDS
-from codalib.models.losses import LossWeights
-from codalib.models.maskgit import MASK_RATIOS, PRESETS, MaskGIT
-from codalib.models.quantizer import ResidualQuantizer, quantizer_from_config
-from codalib.models.vae import ADAPTED_LAYERS
+from codalib.models.loss_weights import LossWeights
+from codalib.models.maskgit import PRESETS, MaskGIT
+from codalib.models.masks import MASK_RATIOS
+from codalib.models.quantizer import ResidualQuantizer
+from codalib.models.quantizer_kinds import quantizer_from_config
 
 
 @dataclasses.dataclass(frozen=True)

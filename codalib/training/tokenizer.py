@@ -11,18 +11,15 @@ from torch import Tensor
 from codalib.datasets.images import ImageDataset, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
-from codalib.models.discriminator import build_discriminator, frozen, real_and_fake
-from codalib.models.losses import (
-    adaptive_weight,
-    discriminator_hinge,
-    generator_hinge,
-    ramp,
-    reconstruction_terms,
-    weighted_sum,
-)
+from codalib.models.adapters import add_adapters
+from codalib.models.adversary import build_discriminator, frozen, real_and_fake
+from codalib.models.baselines import fresh_copy
+from codalib.models.checkpoints import load_vae
+from codalib.models.loss_weights import adaptive_weight, last_decoder_adapter, ramp
+from codalib.models.losses import discriminator_hinge, generator_hinge, reconstruction_terms, weighted_sum
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import ContinuousVAE, add_adapters, fresh_copy, last_decoder_adapter, load_vae
+from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import build_perceptual
 from codalib.training.settings import SCRATCH, TokenizerSettings
 from codalib.training.trainer import Stage, Trainer, checksum

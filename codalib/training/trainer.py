@@ -28,7 +28,7 @@ from codalib.base.files import read_json, write_json
 from codalib.base.hardware import has_bfloat16
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE
-from codalib.models.losses import check_finite
+from codalib.models.checks import check_finite
 from codalib.training.settings import LoopSettings
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from codalib.datasets.images import ImageDataset, evaluation_batches, training_batches
 from codalib.evaluation.metrics import psnr
-from codalib.models.losses import LossWeights, kl_divergence, reconstruction_terms, weighted_sum
+from codalib.models.loss_weights import LossWeights
+from codalib.models.losses import kl_divergence, reconstruction_terms, weighted_sum
 from codalib.models.vae import ContinuousVAE
 from codalib.training.settings import PretrainSettings
 from codalib.training.trainer import Stage, Trainer, checksum

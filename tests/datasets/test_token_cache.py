@@ -17,9 +17,10 @@ from codalib.datasets.token_cache import (
     index_type,
     tokenizer_hash,
 )
-from codalib.models.quantizer import ResidualAttentionQuantizer, ResidualNearestQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.checkpoints import load_vae
+from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import load_vae
 
 SCALES = (1, 2, 8)  # 69 tokens
 

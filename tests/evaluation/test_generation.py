@@ -23,10 +23,10 @@ from codalib.evaluation.generation import (
     sweep,
 )
 from codalib.evaluation.metrics import FrechetDistance, frechet_distance
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.checkpoints import load_vae
 from codalib.models.maskgit import MaskGIT
-from codalib.models.quantizer import ResidualNearestQuantizer
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import load_vae
 from codalib.pretrained.networks import EfficientNetLite0
 from codalib.training.maskgit import train_maskgit
 from codalib.training.settings import MaskGITSettings
@@ -137,7 +137,9 @@ def models(tmp_path_factory):
     vae, quantizer = load_vae("emoji"), ResidualNearestQuantizer(16, 32, SCALES)
     images = load_dataset("emoji", "train", 64, random_crop=False, limit=16)
     latents = vae.encode(torch.stack([images[i]["image"] for i in range(16)]), sample=False)
-    quantizer.initialise_from(latents, torch.Generator().manual_seed(0))
+    features = latents.movedim(1, -1).flatten(0, 2)
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:32]
+    quantizer.codebooks.weight.data = features[chosen].detach()
     tokenizer = CodaTokenizer(vae, quantizer)
     tokenizer.save_pretrained(folder / "tokenizer", base="emoji")
     generator = MaskGIT(32, SCALES, 16, 1, 2, num_classes=9).eval()

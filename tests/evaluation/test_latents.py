@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from codalib.evaluation.latents import approximation, code_spread, features_of, sharpness
+from codalib.models.ranking import confidence
 from codalib.training.settings import QuantizerSettings
 
 SETTINGS = QuantizerSettings(steps=1, batch_size=8, codebook_size=16, scales=(4,))
@@ -74,6 +75,6 @@ def test_codes_that_are_latents_cover_them(latents):
 
 def test_sharpness_of_several_levels_is_the_mean_over_their_tokens(latents):
     quantizer = quantizer_of("attention", scales=(1, 4))
-    scores = [level.flatten(0, 2) for level in quantizer.confidence(latents, top=16)]
+    scores = [level.flatten(0, 2) for level in confidence(quantizer, latents, top=16)]
     expected = torch.cat(scores)[:, 0].mean().item()
     assert sharpness(quantizer, latents, batch_size=7)["top_share"] == pytest.approx(expected, rel=1e-5)

@@ -16,9 +16,8 @@ from codalib.evaluation.reconstruction import (
     measured_file,
     read_measured,
 )
-from codalib.models.checkpoints import check_models, find_model, present_models
+from codalib.models.checkpoints import check_models, find_model, load_vae, present_models
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import load_vae
 
 SETTINGS = EvaluationSettings("emoji", 64, val_limit=7, batch_size=3, frechet_resolution=64)
 VAES, TOKENIZERS = {"emoji VAE": "emoji"}, {"CODA, emoji": "emoji"}

@@ -39,9 +39,13 @@ def problem(tokens, codes, width=6, channels=3, seed=0, dtype=torch.float32, spr
 
 def run(inputs, backend, temperature):
     from codalib.kernels.assignment import softmax_assign
+    from codalib.models.quantizer import softmax_assignment
 
     inputs = [x.clone().requires_grad_() for x in inputs]
-    out = softmax_assign(*inputs, 0.5, temperature, backend)
+    arguments = (*inputs, 0.5, temperature)
+    # The plain formula's own promotion: in float32 whatever the inputs.
+    formula = [x.float() if isinstance(x, torch.Tensor) else x for x in arguments]
+    out = softmax_assignment(*formula) if backend == "reference" else softmax_assign(*arguments, backend)
     weights = torch.randn(2, *out.value.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ((out.value * weights[0]).sum() + (out.hard * weights[1]).sum() + 0.7 * out.entropy).backward()
     return out, [x.grad for x in inputs]

@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from codalib.models import adversary
 from codalib.models import discriminator as module
 from codalib.models.losses import discriminator_hinge, generator_hinge
 from codalib.pretrained import networks as features
@@ -33,7 +34,7 @@ def dino(tmp_path_factory):
         torch.manual_seed(0)
         state = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0).state_dict()
         torch.save(state, folder / "dino_deitsmall16_pretrain.pth")
-        return module.build_discriminator("dino")
+        return adversary.build_discriminator("dino")
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_dino_logits_and_readouts(dino, images):
     dino.eval()
     assert dino.name == "discriminator_dino"
     assert dino(images[:1]).shape == (1, 5 * 196)
-    tokens = dino.backbone.tokens(module.to_side(images[:1], 224))
+    tokens = dino.backbone.tokens(features.to_side(images[:1], 224))
     readouts = dino.readouts(images[:1])
     torch.testing.assert_close(readouts[2][0, :, 7], tokens[2][0, 8] + tokens[2][0, 0])  # patch 7 + CLS
 
@@ -71,7 +72,7 @@ def test_a_generator_step_leaves_nothing_on_the_discriminator(discriminator, ima
     generator = nn.Conv2d(3, 3, 1)
     before = {name: value.clone() for name, value in discriminator.state_dict().items()}
     modes = [layer.training for layer in discriminator.modules()]
-    with module.frozen(discriminator) as frozen:
+    with adversary.frozen(discriminator) as frozen:
         assert frozen is discriminator
         assert frozen.training
         loss = generator_hinge(frozen(generator(images)))
@@ -83,7 +84,7 @@ def test_a_generator_step_leaves_nothing_on_the_discriminator(discriminator, ima
         assert torch.equal(value, before[name]), name
     # And the discriminator's own step still trains every head, and neither the backbone nor the generator.
     generator.zero_grad()
-    discriminator_hinge(*module.real_and_fake(discriminator, images, generator(images))).backward()
+    discriminator_hinge(*adversary.real_and_fake(discriminator, images, generator(images))).backward()
     assert generator.weight.grad is None
     for name, parameter in discriminator.named_parameters():
         assert (parameter.grad is not None) == name.startswith("heads."), name
@@ -91,7 +92,7 @@ def test_a_generator_step_leaves_nothing_on_the_discriminator(discriminator, ima
 
 def test_frozen_restores_after_an_error(discriminator):
     def fail_while_frozen():
-        with module.frozen(discriminator):
+        with adversary.frozen(discriminator):
             assert not any(parameter.requires_grad for parameter in discriminator.parameters())
             raise ZeroDivisionError
 
@@ -109,13 +110,13 @@ def test_heads_learn_to_tell_two_kinds_of_images_apart(discriminator):
     for _ in range(12):
         smooth = nn.functional.interpolate(torch.rand(6, 3, 4, 4) * 2 - 1, size=(40, 40), mode="bilinear")
         noisy = smooth + 0.1 * torch.randn_like(smooth)
-        loss = discriminator_hinge(*module.real_and_fake(discriminator, smooth, noisy))
+        loss = discriminator_hinge(*adversary.real_and_fake(discriminator, smooth, noisy))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-    with module.frozen(discriminator) as judge, torch.no_grad():  # as the generator's step sees it
+    with adversary.frozen(discriminator) as judge, torch.no_grad():  # as the generator's step sees it
         assert judge(smooth).mean() > judge(noisy).mean() + 0.2
 
 
@@ -136,46 +137,46 @@ def test_heads_wrap_around_and_are_spectrally_normal():
 
 def test_to_side_follows_the_released_rule():
     same = torch.rand(1, 3, 8, 8)
-    assert module.to_side(same, 8) is same
+    assert features.to_side(same, 8) is same
     small = torch.rand(1, 3, 4, 12)
     expected = nn.functional.interpolate(small, size=(8, 8), mode="bicubic")
-    torch.testing.assert_close(module.to_side(small, 8), expected)
+    torch.testing.assert_close(features.to_side(small, 8), expected)
     large = torch.rand(1, 3, 16, 20)
     by_area = nn.functional.interpolate(large, size=(8, 8), mode="area")
-    torch.testing.assert_close(module.to_side(large, 8, crop=False), by_area)
+    torch.testing.assert_close(features.to_side(large, 8, crop=False), by_area)
     generator = torch.Generator().manual_seed(0)
     windows = large.unfold(2, 8, 1).unfold(3, 8, 1)  # (1, 3, 9, 13, 8, 8)
     cropped = 0
     for _ in range(200):
-        out = module.to_side(large, 8, generator=generator)
+        out = features.to_side(large, 8, generator=generator)
         if torch.equal(out, by_area):
             continue
         assert (windows == out[:, :, None, None]).all(dim=(-1, -2)).all(dim=1).any()
         cropped += 1
     assert 70 < cropped < 130
-    first, again = (module.to_side(large, 8, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    first, again = (features.to_side(large, 8, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, again)
 
 
 def test_errors(discriminator):
     with pytest.raises(ValueError, match="at least 33"):
         discriminator(torch.zeros(2, 3, 32, 32))
-    with pytest.raises(TypeError, match="expected DinoViTS16"):
+    with pytest.raises(TypeError, match="expected a backbone DinoViTS16"):
         module.FrozenFeatureDiscriminator(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="expected dino"):
-        module.build_discriminator("stylegan")
+    with pytest.raises(ValueError, match="expected the discriminator dino"):
+        adversary.build_discriminator("stylegan")
 
 
 def test_building_by_name(monkeypatch, tmp_path, effnet):
     monkeypatch.setenv("CODALIB_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(module, "EfficientNetLite0", type(effnet))
-    assert module.build_discriminator("auto").name == "discriminator_effnet"
+    assert adversary.build_discriminator("auto").name == "discriminator_effnet"
     with pytest.raises(registry.MissingWeights):
-        module.build_discriminator("dino")
+        adversary.build_discriminator("dino")
     monkeypatch.setattr(module, "EfficientNetLite0", None)
-    assert module.build_discriminator("effnet", weight=0) is None
-    assert module.build_discriminator(None) is None
+    assert adversary.build_discriminator("effnet", weight=0) is None
+    assert adversary.build_discriminator(None) is None
 
 
 @pytest.fixture
@@ -191,7 +192,7 @@ def test_in_a_process_group(process_group, effnet, images, monkeypatch, caplog):
         plain = module.FrozenFeatureDiscriminator(effnet)
     assert "each process's own" in caplog.text
     wrapped = nn.parallel.DistributedDataParallel(plain)
-    with module.frozen(wrapped) as frozen:
+    with adversary.frozen(wrapped) as frozen:
         assert frozen is plain
         frozen(images.requires_grad_()).mean().backward()
     wrapped(images.detach()).mean().backward()

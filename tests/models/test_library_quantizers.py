@@ -3,7 +3,7 @@ import torch
 
 from codalib.evaluation.latents import latent_scores
 from codalib.models.library_quantizers import LIBRARY_KINDS, LibraryQuantizer
-from codalib.models.quantizer import quantizer_from_config
+from codalib.models.quantizer_kinds import quantizer_from_config
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import QuantizerSettings
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from codalib.models import losses
-from codalib.models.losses import LossWeights
+from codalib.models import checks, loss_weights, losses
+from codalib.models.loss_weights import LossWeights
 from codalib.pretrained import perceptual, registry
 
 
@@ -61,7 +61,7 @@ def test_weighted_sum_leaves_out_weight_zero_and_refuses_the_unknown():
         losses.weighted_sum({"mystery": scalar(1.0)}, LossWeights())
     with pytest.raises(KeyError, match="adversarial"):
         losses.weighted_sum({"l2": scalar(1.0)}, LossWeights(), {"adversarial": 1.0})
-    with pytest.raises(ValueError, match="weight 0"):
+    with pytest.raises(ValueError, match="a weight above 0"):
         losses.weighted_sum({"l2": scalar(1.0)}, LossWeights(l2=0))
 
 
@@ -125,7 +125,7 @@ def test_perceptual_names(monkeypatch, tmp_path):
     assert perceptual.build_perceptual("auto").name == "perceptual_effnet"
     with pytest.raises(registry.MissingWeights):
         perceptual.build_perceptual("perceptual_vgg")
-    with pytest.raises(ValueError, match="expected perceptual_vgg"):
+    with pytest.raises(ValueError, match="expected the perceptual network perceptual_vgg"):
         perceptual.build_perceptual("alex")
     (tmp_path / "vgg16-397923af.pth").touch()
     monkeypatch.setattr(perceptual, "lpips_vgg", lambda: lambda reference, other: (reference - other).flatten(1).sum(1))
@@ -145,14 +145,14 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
     reconstruction = 0.5 * parameter.square().sum()  # gradient (3, 4), norm 5
     adversarial = 2 * parameter[0]  # norm 2
-    weight = losses.adaptive_weight(reconstruction, adversarial, parameter)
+    weight = loss_weights.adaptive_weight(reconstruction, adversarial, parameter)
     assert weight.item() == pytest.approx(5 / (2 + 1e-4))
     assert not weight.requires_grad
     assert parameter.grad is None
     (reconstruction + weight * adversarial).backward()  # the graphs are still there
-    assert losses.adaptive_weight(parameter.sum() * 1e9, parameter.sum(), parameter).item() == 1e4
-    with pytest.raises(ValueError, match="adversarial loss does not depend"):
-        losses.adaptive_weight(parameter.sum(), torch.zeros((), requires_grad=True) * 1, parameter)
+    assert loss_weights.adaptive_weight(parameter.sum() * 1e9, parameter.sum(), parameter).item() == 1e4
+    with pytest.raises(ValueError, match="that the adversarial loss does not depend on"):
+        loss_weights.adaptive_weight(parameter.sum(), torch.zeros((), requires_grad=True) * 1, parameter)
 
 
 def adaptive_weight_of_one_process(rank: int, port: int, queue) -> None:
@@ -171,7 +171,7 @@ def adaptive_weight_on(inputs: torch.Tensor) -> tuple[float, float]:
     activation = inputs * parameter
     outputs = activation.sum(dim=1)
     two = (outputs.square().mean(), outputs.sin().mean())
-    return tuple(losses.adaptive_weight(*two, anchor).item() for anchor in (parameter, activation))
+    return tuple(loss_weights.adaptive_weight(*two, anchor).item() for anchor in (parameter, activation))
 
 
 def test_two_processes_share_the_adaptive_weight_of_the_whole_batch():
@@ -193,18 +193,18 @@ def test_two_processes_share_the_adaptive_weight_of_the_whole_batch():
 
 
 def test_ramp():
-    assert [losses.ramp(step, 4) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert [loss_weights.ramp(step, 4) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     with pytest.raises(ValueError, match="step -1"):
-        losses.ramp(-1, 4)
+        loss_weights.ramp(-1, 4)
     with pytest.raises(ValueError, match="of 0"):
-        losses.ramp(0, 0)
+        loss_weights.ramp(0, 0)
 
 
 def test_check_finite_names_term_step_and_checkpoint():
-    losses.check_finite({"l1": scalar(1.0)}, 3, None)
+    checks.check_finite({"l1": scalar(1.0)}, 3, None)
     terms = {"l1": scalar(1.0), "entropy": scalar(math.nan)}
-    with pytest.raises(losses.NonFiniteLoss, match=r"step 7 .*entropy = nan.* step_00005") as caught:
-        losses.check_finite(terms, 7, "step_00005")
+    with pytest.raises(checks.NonFiniteLoss, match=r"step 7 .*entropy = nan.* step_00005") as caught:
+        checks.check_finite(terms, 7, "step_00005")
     assert "l1" not in str(caught.value)
-    with pytest.raises(losses.NonFiniteLoss, match="no checkpoint"):
-        losses.check_finite({"l2": scalar(math.inf)}, 7, None)
+    with pytest.raises(checks.NonFiniteLoss, match="no checkpoint"):
+        checks.check_finite({"l2": scalar(math.inf)}, 7, None)

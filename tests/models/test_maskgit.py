@@ -4,18 +4,14 @@ from torch.nn import functional as F
 
 from codalib.datasets.text import CaptionTable, build_text_encoder
 from codalib.datasets.token_cache import check_generator
-from codalib.models.maskgit import (
-    EMBEDDED_GENERATORS,
-    MaskGIT,
-    TextCondition,
-    join_levels,
-    sample_mask,
-    split_levels,
-    token_levels,
-)
-from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES, ResidualNearestQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.checkpoints import EMBEDDED_GENERATORS
+from codalib.models.maskgit import MaskGIT, TextCondition
+from codalib.models.masks import sample_mask
+from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES
 from codalib.models.sampling import generate
 from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.tokens import join_levels, split_levels, token_levels
 
 SCALES = (1, 2, 3)  # 14 tokens
 K = 11
@@ -50,7 +46,7 @@ def test_l_has_the_papers_number_of_parameters(scales, tokens):
 
 def test_a_preset_takes_other_settings_and_unknown_ones_raise():
     assert MaskGIT.preset("XS", K, SCALES, depth=1).depth == 1
-    with pytest.raises(ValueError, match="'M' got, expected one of L, S, XS"):
+    with pytest.raises(ValueError, match="expected a preset of L, S, XS, got 'M'"):
         MaskGIT.preset("M", K, SCALES)
     with pytest.raises(ValueError, match="heads divide"):
         small(heads=3)
@@ -64,7 +60,7 @@ def test_sequences_are_levels_coarse_to_fine_and_back():
     assert tokens[0].tolist() == [100, *range(200, 204), *range(300, 309)]
     assert all(torch.equal(a, b) for a, b in zip(levels, split_levels(tokens, SCALES), strict=True))
     assert token_levels(SCALES).tolist() == [0] + [1] * 4 + [2] * 9
-    with pytest.raises(ValueError, match="14 for scales"):
+    with pytest.raises(ValueError, match="expected sequences of 14 tokens for scales"):
         split_levels(tokens[:, 1:], SCALES)
 
 
@@ -92,7 +88,7 @@ def test_masks_that_follow_levels_show_coarse_tokens_first():
     both = sample_mask(2000, SCALES, coarse_first=0.5, generator=torch.Generator().manual_seed(0))
     orderly = [row.all() or levels[~row].max() <= levels[row].min() for row in both]
     assert 0.5 < sum(orderly) / 2000 < 0.8
-    with pytest.raises(ValueError, match="expected one of cosine, beta"):
+    with pytest.raises(ValueError, match="expected a mask ratio of cosine, beta"):
         sample_mask(1, SCALES, "sine")
 
 
@@ -118,7 +114,7 @@ def test_the_loss_is_the_cross_entropy_of_hidden_tokens_alone():
 def test_every_position_sees_every_other():
     model, (tokens, _) = small(), batch(1)
     embedded = model.codes.weight.detach()[tokens].requires_grad_()
-    model._code_embeddings = lambda _: embedded
+    model.code_embeddings = lambda _: embedded
     for position in (0, 7, 13):
         (grad,) = torch.autograd.grad(model.features(tokens)[0, position].square().sum(), embedded)
         assert (grad[0].abs().sum(dim=1) > 0).all()
@@ -128,13 +124,13 @@ def test_a_dropped_condition_is_not_seen():
     tokens, _ = batch()
     dropped = torch.tensor([True, False, True, False])
     by_class = small(num_classes=3)
-    a = by_class.hidden(tokens, torch.tensor([0, 0, 0, 0]), dropped)
-    b = by_class.hidden(tokens, torch.tensor([1, 1, 2, 2]), dropped)
+    a = by_class.features(tokens, torch.tensor([0, 0, 0, 0]), dropped)
+    b = by_class.features(tokens, torch.tensor([1, 1, 2, 2]), dropped)
     assert torch.equal(a[0], b[0])
     assert not torch.allclose(a[1], b[1], atol=1e-4)
     by_text, text = small(text_dim=6), captions()
     other = TextCondition(text.embeddings.flip(0), text.mask)
-    a, b = by_text.hidden(tokens, text, dropped), by_text.hidden(tokens, other, dropped)
+    a, b = by_text.features(tokens, text, dropped), by_text.features(tokens, other, dropped)
     torch.testing.assert_close(a[2], b[2])
     assert not torch.allclose(a[1], b[1], atol=1e-4)
 
@@ -157,17 +153,17 @@ def test_positions_are_each_levels_own_or_one_set_averaged():
     tokens = torch.full((1, 14), 3)
     with torch.no_grad():  # without its level a token of one place would be the same at each of two equal maps
         twice = MaskGIT(K, (2, 2), 16, 1, 2, level_positions=False).eval()
-        first, second = twice.hidden(tokens[:, :8])[0].split(4)
+        first, second = twice.features(tokens[:, :8])[0].split(4)
     assert not torch.allclose(first, second, atol=1e-5)
 
 
 def test_code_values_join_the_embeddings_but_not_the_masks():
     values = torch.randn(K, 4)
     model = small(code_values=values)
-    embedded = model._code_embeddings(torch.arange(K + 1)[None])[0]
+    embedded = model.code_embeddings(torch.arange(K + 1)[None])[0]
     torch.testing.assert_close(embedded[K], model.codes.weight[K])
     torch.testing.assert_close(embedded[:K], model.codes.weight[:K] + values @ model.code_projection.weight.T)
-    with pytest.raises(ValueError, match="3 code values got, expected 11"):
+    with pytest.raises(ValueError, match="expected 11 code values, one a code, got 3"):
         small(code_values=values[:3])
 
 
@@ -175,17 +171,17 @@ def test_the_known_latents_are_the_quantizers_sum_of_the_visible_tokens():
     quantizer = ResidualNearestQuantizer(4, K, SCALES)
     tokens, mask = batch()
     model = small(code_values=quantizer.code_values, latent_context=True)
-    known = model._known_latents(tokens.masked_fill(mask, K))
+    known = model.known_latents(tokens.masked_fill(mask, K))
     shown = split_levels(tokens.masked_fill(mask, -1), SCALES)
     expected = quantizer.decode(shown, partial=True)  # (B, 4, 3, 3)
     start = 0
     for p in SCALES:
         part, start = known[:, start : start + p * p].transpose(1, 2).unflatten(2, (p, p)), start + p * p
         torch.testing.assert_close(part[:, :4], F.interpolate(expected, size=(p, p), mode="area"))
-    everything = model._known_latents(tokens)
+    everything = model.known_latents(tokens)
     torch.testing.assert_close(everything[..., 4:], torch.ones(*tokens.shape, len(SCALES)))
-    assert model._known_latents(torch.full_like(tokens, K)).abs().max() == 0
-    with pytest.raises(ValueError, match="latent_context got without code_values"):
+    assert model.known_latents(torch.full_like(tokens, K)).abs().max() == 0
+    with pytest.raises(ValueError, match="expected code_values with latent_context"):
         small(latent_context=True)
 
 
@@ -198,7 +194,7 @@ def test_with_latent_context_the_loss_is_that_of_the_logits_and_it_is_saved(tmp_
     assert all(p.grad.abs().sum() > 0 for p in (model.context.weight, model.head_projection.weight))
     model.save_pretrained(tmp_path / "model")
     again = MaskGIT.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(again.logits(again.hidden(tokens)), model.logits(model.features(tokens)))
+    torch.testing.assert_close(again.logits(again.features(tokens)), model.logits(model.features(tokens)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -213,7 +209,7 @@ def test_saved_and_loaded_is_the_same(tmp_path, dtype):
     assert not loaded.training
     labels = torch.tensor([0, 1, 2, 0])
     tolerance = {"float32": 0, "float16": 2e-2, "bfloat16": 2e-1}[dtype]
-    torch.testing.assert_close(loaded.hidden(tokens, labels), model.features(tokens, labels), atol=tolerance, rtol=0)
+    torch.testing.assert_close(loaded.features(tokens, labels), model.features(tokens, labels), atol=tolerance, rtol=0)
 
 
 def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):
@@ -224,31 +220,31 @@ def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):
     (tmp_path / "a" / "config.json").write_text((tmp_path / "b" / "config.json").read_text())
     with pytest.raises(ValueError, match="does not fit"):
         MaskGIT.from_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="expected one of float32"):
+    with pytest.raises(ValueError, match="expected a dtype of float32"):
         small().save_pretrained(tmp_path / "c", "int8")
 
 
 @pytest.mark.parametrize(
     ("settings", "condition", "message"),
     [
-        ({"num_classes": 3}, torch.tensor([0, 1, 2, 3]), "label 3 got, expected 0 to 2"),
-        ({"num_classes": 3}, torch.tensor([0, -1, 2, 1]), "label -1 got, expected 0 to 2"),
-        ({"num_classes": 3}, torch.tensor([0]), "of 1 samples got, expected one for each of 4"),
-        ({"num_classes": 3}, None, "no condition got as the condition, expected labels"),
-        ({}, torch.tensor([0, 1, 2, 1]), "labels got as the condition, expected no condition"),
-        ({"text_dim": 6}, torch.tensor([0, 1, 2, 1]), "labels got as the condition, expected text"),
-        ({"text_dim": 5}, captions(), "width 6 got, expected 5"),
+        ({"num_classes": 3}, torch.tensor([0, 1, 2, 3]), "expected labels from 0 to 2, got 3"),
+        ({"num_classes": 3}, torch.tensor([0, -1, 2, 1]), "expected labels from 0 to 2, got -1"),
+        ({"num_classes": 3}, torch.tensor([0]), "expected one condition for each of 4 samples, got 1"),
+        ({"num_classes": 3}, None, "expected labels as the condition, .*got no condition"),
+        ({}, torch.tensor([0, 1, 2, 1]), "expected no condition as the condition, .*got labels"),
+        ({"text_dim": 6}, torch.tensor([0, 1, 2, 1]), "expected text as the condition, .*got labels"),
+        ({"text_dim": 5}, captions(), "of width 5, got 6"),
     ],
 )
 def test_a_condition_that_does_not_fit_is_one_sentence(settings, condition, message):
     with pytest.raises(ValueError, match=message) as caught:
-        small(**settings).hidden(batch()[0], condition)
+        small(**settings).features(batch()[0], condition)
     assert "\n" not in str(caught.value)
 
 
 def test_other_lengths_raise():
-    with pytest.raises(ValueError, match=r"expected \(B, 14\)"):
-        small().hidden(torch.zeros(2, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"expected tokens of shape \(B, 14\)"):
+        small().features(torch.zeros(2, 13, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", EMBEDDED_GENERATORS)

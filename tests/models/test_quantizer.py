@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from codalib.models.quantizer import (
-    MAR_SCALES,
-    ResidualAttentionQuantizer,
-    ResidualNearestQuantizer,
-    quantizer_from_config,
-)
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
+from codalib.models.quantizer_kinds import quantizer_from_config
+from codalib.models.ranking import confidence
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantizer_mar.safetensors"
 SCALES = (1, 2, 3, 5)
@@ -36,7 +34,7 @@ def test_tokens_that_are_not_known_add_nothing(kind):
     coarse = [level if number < 2 else torch.full_like(level, -1) for number, level in enumerate(indices)]
     torch.testing.assert_close(q.decode(coarse, partial=True), q.decode(indices, levels=2))
     torch.testing.assert_close(q.decode(indices, partial=True), q.decode(indices))
-    with pytest.raises(ValueError, match=r"lie in \[-1, .*expected \[0, 23\]"):
+    with pytest.raises(ValueError, match=r"expected indices of level 2 in \[0, 23\], got \[-1"):
         q.decode(coarse)
 
 
@@ -164,21 +162,6 @@ def test_config_rebuilds_the_quantizer(kind):
     assert torch.equal(twin.decode(q.encode(latents())), q(latents()).quantized)
 
 
-def test_initialise_from_draws_codes_from_the_residuals_and_lowers_the_error():
-    x = latents(batch=16)
-    q = small(ResidualNearestQuantizer)
-    before = F.mse_loss(q(x).quantized, x)
-    q.initialise_from(x, torch.Generator().manual_seed(0))
-    assert F.mse_loss(q(x).quantized, x) < before
-    first = q.codebooks.weight.clone()
-    q.initialise_from(x, torch.Generator().manual_seed(0))
-    assert torch.equal(q.codebooks.weight, first)
-    single = small(ResidualNearestQuantizer, (5,))
-    single.initialise_from(x, torch.Generator().manual_seed(0))
-    rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
-    assert (single.codebooks.weight[:, None] == rows).all(dim=2).any(dim=1).all()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_latents_are_quantized_in_float32(kind):
     q, x = small(kind), latents().bfloat16()
@@ -192,7 +175,7 @@ def test_confidence_of_attention_is_its_softmax_and_of_vq_its_distance():
     x = latents()
     for kind in KINDS:
         q = small(kind)
-        scores = q.confidence(x, top=24)
+        scores = confidence(q, x, top=24)
         assert [tuple(level.shape) for level in scores] == [(3, p, p, 24) for p in SCALES]
         rising = 1 if kind is ResidualNearestQuantizer else -1
         assert all((rising * level.diff(dim=-1) >= 0).all() for level in scores)
@@ -201,12 +184,12 @@ def test_confidence_of_attention_is_its_softmax_and_of_vq_its_distance():
     single = small(ResidualNearestQuantizer, (5,))
     rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
     expected = (rows[:, None] - single.codebooks.weight).norm(dim=2).sort(dim=1).values[:, :7]
-    torch.testing.assert_close(single.confidence(x, top=7)[0].view(-1, 7), expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(confidence(single, x, top=7)[0].view(-1, 7), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_of_the_released_pyramids():
     q = ResidualNearestQuantizer(latent_channels=2, codebook_size=2, scales=MAR_SCALES)
-    assert q.tokens == 680
+    assert q.num_tokens == 680
 
 
 BAD_LATENTS = [torch.zeros(2, 4, 6, 6), torch.zeros(2, 3, 5, 5), torch.zeros(4, 5, 5), torch.zeros(0, 4, 5, 5)]
@@ -216,17 +199,19 @@ BAD_LATENTS = [torch.zeros(2, 4, 6, 6), torch.zeros(2, 3, 5, 5), torch.zeros(4, 
 def test_latents_of_another_shape_raise(bad):
     q = small(ResidualAttentionQuantizer)
     for call in (q, q.encode):
-        with pytest.raises(ValueError, match=r"expected \(B, 4, 5, 5\): the last scale is the latent grid"):
+        with pytest.raises(
+            ValueError, match=r"expected latents of shape \(B, 4, 5, 5\), got .*: the last scale is the latent grid"
+        ):
             call(bad)
 
 
 BAD_INDICES = {
-    "expected 4": lambda x: x[:3],
-    "expected integers": lambda x: [level.float() for level in x],
+    "expected indices of 4 levels": lambda x: x[:3],
+    "to be integers": lambda x: [level.float() for level in x],
     r"shape \(B, 3, 3\)": lambda x: [x[0], x[1], x[1], x[3]],
     "one B for all levels": lambda x: [x[0][:1], *x[1:]],
-    r"expected \[0, 23\]": lambda x: [*x[:3], x[3] + 24],
-    r"level 0 lie in \[-1": lambda x: [x[0] * 0 - 1, *x[1:]],
+    r"level 3 in \[0, 23\]": lambda x: [*x[:3], x[3] + 24],
+    r"level 0 in \[0, 23\], got \[-1": lambda x: [x[0] * 0 - 1, *x[1:]],
 }
 
 
@@ -240,7 +225,7 @@ def test_bad_indices_raise_one_clear_sentence(message):
 @pytest.mark.parametrize("levels", [0, 5, -1])
 def test_levels_out_of_range_raise(levels):
     q = small(ResidualNearestQuantizer)
-    with pytest.raises(ValueError, match="expected 1 to 4"):
+    with pytest.raises(ValueError, match="expected levels from 1 to 4"):
         q.decode(q.encode(latents()), levels=levels)
 
 
@@ -250,10 +235,10 @@ def test_levels_out_of_range_raise(levels):
         ({"scales": ()}, "scales"),
         ({"scales": (4, 2)}, "the largest"),
         ({"scales": (0, 2)}, "at least 1"),
-        ({"codebook_size": 0}, "codebook_size 0"),
-        ({"norm": "batch"}, 'expected "rms", "layer" or None'),
+        ({"codebook_size": 0}, "got 16 and 0"),
+        ({"norm": "batch"}, 'expected the norm "rms", "layer" or None'),
         ({"entropy_temperature": 0.0}, "above 0"),
-        ({"backend": "magic"}, "choose one of"),
+        ({"backend": "magic"}, "expected a backend of reference"),
     ],
 )
 def test_bad_settings_raise(settings, message):
@@ -264,5 +249,5 @@ def test_bad_settings_raise(settings, message):
 def test_bad_configs_raise():
     with pytest.raises(ValueError, match="kind 'fsq'"):
         quantizer_from_config({"kind": "fsq"})
-    with pytest.raises(ValueError, match="do not fit kind 'nearest'"):
+    with pytest.raises(ValueError, match="of the quantizer kind 'nearest'"):
         quantizer_from_config({"kind": "nearest", "norm": "rms"})

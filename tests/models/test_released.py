@@ -9,39 +9,37 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from codalib.models.checkpoints import load_tokenizer
-from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
-from codalib.models.released import (
+from codalib.models.adapters import add_adapters
+from codalib.models.checkpoints import (
     export_tokenizer,
-    load_adapted_vae,
+    load_adapters,
     load_kl16,
     load_quantizer,
     load_released_tokenizer,
-    norm_of,
-    vae_state,
-)
-from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import (
-    adapter_parameters,
-    add_adapters,
-    load_adapters,
+    load_tokenizer,
     load_vae,
-    merged,
     save_adapters,
-    without_adapters,
 )
+from codalib.models.checkpoints.ours import plain_copy
+from codalib.models.checkpoints.released import load_adapted_vae, norm_of, vae_state
+from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.pretrained.registry import read_weights
 from codalib.pretrained.vae_layouts import (
     FLUX_CONFIG,
     KL16_CONFIG,
     build_autoencoder,
     layout_of,
     published_name,
-    read_state,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"block_out_channels": (32, 32, 64, 64, 64), "layers_per_block": 1, "latent_channels": 4}
 SMALL_FLUX = {"block_out_channels": (32, 64, 64, 96), "layers_per_block": 1, "latent_channels": 4}
+
+
+def adapter_parameters(vae):
+    return [parameter for name, parameter in vae.named_parameters() if "lora_" in name]
 
 
 def filled(keys):
@@ -175,8 +173,8 @@ def test_loaded_adapters_are_ours(tmp_path):
     vae = load_adapted_vae(released_state(small_vae("ldm", rank=3), "ldm"))
     with torch.no_grad():
         expected = vae(picture(), sample=False)
-        assert torch.allclose(merged(vae)(picture(), sample=False), expected, atol=1e-5)
-        plain = without_adapters(vae)
+        assert torch.allclose(plain_copy(vae, merge=True)(picture(), sample=False), expected, atol=1e-5)
+        plain = plain_copy(vae, merge=False)
         assert not torch.allclose(plain(picture(), sample=False), expected, atol=1e-3)
         plain.save_pretrained(tmp_path / "base")
         save_adapters(vae, tmp_path / "adapters")
@@ -322,7 +320,7 @@ def test_a_released_folder_loads_and_goes_back(tmp_path, layout, scales):
     export_tokenizer(tokenizer, tmp_path / "ours")
     export_tokenizer(tokenizer, tmp_path / "ours", weights="trained")
     for name in ("vae_ema", "quantizer_ema"):
-        before, after = (read_state(tmp_path / who / f"{name}.pth") for who in ("theirs", "ours"))
+        before, after = (read_weights(tmp_path / who / f"{name}.pth") for who in ("theirs", "ours"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {
@@ -341,7 +339,7 @@ def test_released_scales_are_the_default(tmp_path):
 
 def test_a_file_of_adapters_alone_takes_the_rest_from_the_base(tmp_path):
     parts = released_folder(tmp_path, "ldm", (1, 2, 4))
-    whole = read_state(tmp_path / "vae_ema.pth")
+    whole = read_weights(tmp_path / "vae_ema.pth")
     torch.save({"model": {n: v for n, v in whole.items() if "lora" in n}}, tmp_path / "vae_ema.pth")
     trained = {n: v for n, v in whole.items() if "lora" not in n}
     torch.save({f"module.{n}": v for n, v in trained.items()}, tmp_path / "vae.pth")
@@ -358,10 +356,10 @@ def test_bad_folders_are_one_sentence(tmp_path):
         load_released_tokenizer(tmp_path / "nowhere")
     torch.save({"epoch": 3}, tmp_path / "vae.pth")
     (tmp_path / "quantizer.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"vae\.pth holds epoch, expected named tensors"):
+    with pytest.raises(ValueError, match=r"expected named tensors .*vae\.pth, got epoch"):
         load_released_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
-        read_state(tmp_path / "quantizer.pth")
+        read_weights(tmp_path / "quantizer.pth")
     with pytest.raises(ValueError, match=r"no vae_ema\.pth"):
         load_released_tokenizer(tmp_path, weights="averaged")
     with pytest.raises(ValueError, match="weights is 'best'"):

@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 from codalib.base.seeds import sample_generators
 from codalib.models import sampling as sample
-from codalib.models.maskgit import MaskGIT, TextCondition, join_levels, token_levels
-from codalib.models.sampling import generate, guidance_at, keep_outside, unmask_counts
+from codalib.models.editing import keep_outside
+from codalib.models.maskgit import MaskGIT, TextCondition
+from codalib.models.sampling import generate, guidance_at, unmask_counts
+from codalib.models.tokens import join_levels, token_levels
 
 SCALES = (1, 2, 3, 4)  # 30 tokens
 K = 13
@@ -53,7 +55,7 @@ def test_schedules_are_their_formulas():
 
 @pytest.mark.parametrize("steps", [0, 31, -1])
 def test_more_steps_than_tokens_is_one_sentence(model, steps):
-    with pytest.raises(ValueError, match=f"{steps} steps got for 30 masked tokens, expected 1 to 30"):
+    with pytest.raises(ValueError, match=f"expected 1 to 30 steps for 30 masked tokens, .*got {steps}"):
         draw(model, steps=steps)
 
 
@@ -119,7 +121,7 @@ def test_one_generator_seeds_all_samples(model):
     assert not torch.equal(join_levels(first), join_levels(third))
     same_label = join_levels(generate(model, torch.tensor([1, 1]), generator=torch.Generator().manual_seed(5)))
     assert not torch.equal(same_label[0], same_label[1])
-    with pytest.raises(ValueError, match="2 generators got, expected one for each of 3"):
+    with pytest.raises(ValueError, match="expected a generator for each of 3 samples, got 2"):
         generate(model, LABELS, generator=sample_generators(0, [0, 1]))
 
 
@@ -244,7 +246,7 @@ def test_samples_may_fix_different_numbers(model):
     result = join_levels(generate(model, LABELS, steps=4, fixed=fixed, generator=sample_generators(4, range(3))))
     assert result.min() >= 0
     assert torch.equal(result[2], join_levels(image)[2])
-    with pytest.raises(ValueError, match="10 steps got for 9 masked tokens"):
+    with pytest.raises(ValueError, match="expected 1 to 9 steps"):
         generate(model, LABELS, steps=10, fixed=fixed)
 
 
@@ -257,19 +259,19 @@ def test_a_box_hides_the_cells_that_meet_it():
     assert (kept[3][0] == -1).sum() == 2
     assert keep_outside(image, (0.0, 0.0, 0.5, 0.25))[0].item() == -1
     assert all((level == 0).all() for level in image)  # the caller's own stay as they are
-    with pytest.raises(ValueError, match="expected 0 <= top < bottom <= 1"):
+    with pytest.raises(ValueError, match="expected a box with 0 <= top < bottom <= 1"):
         keep_outside(image, (0.5, 0, 0.5, 1))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"labels": torch.tensor([0, 1, 3])}, "label 3 got, expected 0 to 2"),
-        ({"order": "random"}, "expected one of confidence, coarse-to-fine"),
-        ({"schedule": "cube"}, "expected one of cosine, linear, square"),
-        ({"guidance_schedule": "cube"}, "expected one of constant, linear"),
-        ({"temperature": 0.0}, "expected a number above 0"),
-        ({"guidance": -1.0}, "expected 0"),
+        ({"labels": torch.tensor([0, 1, 3])}, "expected labels from 0 to 2, got 3"),
+        ({"order": "random"}, "expected an order of confidence, coarse-to-fine"),
+        ({"schedule": "cube"}, "expected a schedule of cosine, linear, square"),
+        ({"guidance_schedule": "cube"}, "expected a guidance_schedule of constant, linear"),
+        ({"temperature": 0.0}, "expected a temperature above 0"),
+        ({"guidance": -1.0}, "expected guidance of 0"),
         ({"fixed": [torch.zeros(3, 1, 1)]}, "fixed tokens of shapes"),
         ({"fixed": [torch.full((3, p, p), K) for p in SCALES]}, "another tokenizer"),
     ],
@@ -285,7 +287,7 @@ def test_a_model_without_a_condition_and_one_in_training(model):
     assert join_levels(generate(free, batch=2)).shape == (2, 30)
     with pytest.raises(ValueError, match="number of samples is not known"):
         generate(free)
-    with pytest.raises(ValueError, match="without a condition"):
+    with pytest.raises(ValueError, match="without condition"):
         generate(free, batch=2, guidance=1.0)
     with pytest.raises(ValueError, match="training mode"):
         generate(free.train(), batch=2)

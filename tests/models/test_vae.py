@@ -3,17 +3,15 @@ import copy
 import pytest
 import torch
 
-from codalib.models.vae import (
-    ContinuousVAE,
-    adapter_parameters,
-    add_adapters,
-    last_decoder_adapter,
-    load_adapters,
-    load_vae,
-    merged,
-    save_adapters,
-    without_adapters,
-)
+from codalib.models.adapters import add_adapters
+from codalib.models.checkpoints import load_adapters, load_vae, save_adapters
+from codalib.models.checkpoints.ours import plain_copy
+from codalib.models.loss_weights import last_decoder_adapter
+from codalib.models.vae import ContinuousVAE
+
+
+def adapter_parameters(vae):
+    return [parameter for name, parameter in vae.named_parameters() if "lora_" in name]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def test_adapters_start_as_the_identity_and_only_they_are_trained(vae, images, w
 
 def test_merged_adapters_are_the_same_function(vae, images):
     adapted = train_adapters(add_adapters(copy.deepcopy(vae), "both", rank=4))
-    ours, plain = adapted(images, sample=False), merged(adapted)
+    ours, plain = adapted(images, sample=False), plain_copy(adapted, merge=True)
     assert not torch.allclose(ours, vae(images, sample=False), atol=1e-3)
     assert torch.allclose(plain(images, sample=False), ours, atol=1e-5)
     assert not adapter_parameters(plain)
@@ -75,7 +73,7 @@ def test_merged_adapters_are_the_same_function(vae, images):
 
 def test_without_its_adapters_it_is_the_vae_that_it_was(vae, images):
     adapted = train_adapters(add_adapters(copy.deepcopy(vae), "both", rank=4))
-    plain = without_adapters(adapted)
+    plain = plain_copy(adapted, merge=False)
     assert torch.equal(plain(images, sample=False), vae(images, sample=False))
     assert not adapter_parameters(plain)
     assert adapter_parameters(adapted)
@@ -131,7 +129,7 @@ def test_a_vae_survives_its_folder(vae, images, tmp_path):
 def test_bad_input_is_one_sentence(vae, tmp_path):
     with pytest.raises(ValueError, match="multiple of 8"):
         vae.latent_side(60)
-    with pytest.raises(ValueError, match="expected \\(B, 3, h, w\\)"):
+    with pytest.raises(ValueError, match="expected images of shape \\(B, 3, h, w\\)"):
         vae.encode(torch.zeros(1, 1, 64, 64))
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_vae(tmp_path)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from codalib.base.files import read_json
-from codalib.models.quantizer import ResidualAttentionQuantizer, ResidualNearestQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.tools import bench, bench_cases
 from codalib.tools.bench import BACKENDS, CODES, plan, run
 from codalib.tools.bench_cases import Case, bare_products, released_forward, workload

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from codalib.datasets.images import load_dataset
+from codalib.models.checkpoints import load_vae
 from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES
-from codalib.models.vae import load_vae
 from codalib.tools.estimate import GIB, DoesNotFit, Estimate, brief_settings, estimate, scales_for
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from codalib.base.files import read_json
 from codalib.base.paths import project_folder
 from codalib.kernels.assignment import softmax_assign
-from codalib.models.vae import load_vae
+from codalib.models.checkpoints import load_vae
 from codalib.pretrained.vae_layouts import CONFIGS
 from codalib.tools import operations as counting
 from codalib.tools import rehearsal as rehearse

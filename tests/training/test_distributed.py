@@ -14,9 +14,10 @@ from codalib.base.processes import launch
 from codalib.datasets.images import load_dataset
 from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
+from codalib.models.adapters import add_adapters
+from codalib.models.checkpoints import load_vae
 from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import add_adapters, load_vae
 from codalib.training.settings import TokenizerSettings
 from codalib.training.tokenizer import train_and_save, train_tokenizer
 from codalib.training.trainer import read_log

@@ -11,10 +11,12 @@ from codalib.base.seeds import sample_generators
 from codalib.datasets.images import load_dataset
 from codalib.datasets.text import TextEncoder
 from codalib.datasets.token_cache import CAPTIONS, CODES, MANIFEST, SHARDS, TokenCache
-from codalib.models.maskgit import MaskGIT, join_levels, sample_mask
-from codalib.models.quantizer import ResidualNearestQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.checkpoints import load_vae
+from codalib.models.maskgit import MaskGIT
+from codalib.models.masks import sample_mask
 from codalib.models.sampling import generate
-from codalib.models.vae import load_vae
+from codalib.models.tokens import join_levels
 from codalib.training.maskgit import condition_from, metrics_from, parameter_groups, train_maskgit, validation_sums
 from codalib.training.settings import MaskGITSettings
 from codalib.training.trainer import Trainer, read_log
@@ -220,7 +222,9 @@ def test_64_images_are_learnt_by_heart(tmp_path):
         latents = load_vae("emoji").encode(torch.stack([images[i]["image"] for i in range(64)]), sample=False)
         latents = F.adaptive_avg_pool2d(latents, 4)
         quantizer = ResidualNearestQuantizer(16, 64, (1, 2, 4))
-        quantizer.initialise_from(latents, torch.Generator().manual_seed(0))
+        features = latents.movedim(1, -1).flatten(0, 2)
+        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:64]
+        quantizer.codebooks.weight.data = features[chosen].detach()
         tokens = join_levels(quantizer.encode(latents))  # (64, 21)
     assert len(tokens.unique()) > 32
     names = [str(i) for i in range(64)]

@@ -7,9 +7,9 @@ from codalib.datasets.images import load_dataset
 from codalib.evaluation.latents import encode_images
 from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
-from codalib.models.losses import NonFiniteLoss
+from codalib.models.checkpoints import load_vae
+from codalib.models.checks import NonFiniteLoss
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import load_vae
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import train_and_save, train_tokenizer

@@ -17,16 +17,12 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from codalib.base.files import atomic_write
+from codalib.models.adapters import ADAPTED_LAYERS, adapted_convolutions, add_adapters
+from codalib.models.checkpoints.ours import load_vae, plain_copy
 from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES, ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.models.vae import (
-    ADAPTED_LAYERS,
-    ContinuousVAE,
-    adapted_convolutions,
-    add_adapters,
-    load_vae,
-    without_adapters,
-)
+from codalib.models.vae import ContinuousVAE
+from codalib.pretrained.registry import read_weights
 from codalib.pretrained.vae_layouts import (
     Shapes,
     differences,
@@ -36,7 +32,6 @@ from codalib.pretrained.vae_layouts import (
     published_name,
     published_state,
     raise_differences,
-    read_state,
     shapes_of,
 )
 
@@ -70,7 +65,7 @@ def load_quantizer(
         norm: "rms", "layer" or None, of queries and keys; the release's "rms_norm" and "layer_norm" are taken too.
         attention_dim: D; None reads it from the tensors.
         beta, entropy_temperature: settings of the loss, not stored in a checkpoint; the release's by default.
-        backend: of the assignment (see `kernels.assignment`).
+        backend: of the assignment (see `models.quantizer.BACKENDS`).
     Raises:
         ValueError: tensors are missing, not expected or mis-shaped; the message lists all of them.
     """
@@ -108,9 +103,9 @@ def norm_of(state_dict: Mapping[str, Tensor]) -> str | None:
 def load_kl16(state_dict: Mapping[str, Tensor]) -> ContinuousVAE:
     """MAR's VAE in the layout of latent diffusion (latent scale 0.2325), frozen and in evaluation mode.
 
-    With the release's LoRA tensors beside the convolutions they become adapters (`models.vae.save_adapters`, `merged`
-    work on them); without, there are none. Other widths, depths and ranks than the published ones are read from the
-    shapes. Raises ValueError, listing every tensor that is missing, not expected or mis-shaped.
+    With the release's LoRA tensors beside the convolutions they become adapters (`save_adapters` and `plain_copy` take
+    them); without, there are none. Other widths, depths and ranks than the published ones are read from the shapes.
+    Raises ValueError, listing every tensor that is missing, not expected or mis-shaped.
     """
     layout = layout_of(state_dict)
     if layout != "ldm":
@@ -211,10 +206,10 @@ def load_released_tokenizer(
         lost = " and ".join(f"{name}.pth" for name, path in zip(names, files, strict=True) if path is None)
         raise ValueError(f"{folder} holds no {lost} (found: {here or 'nothing'}): expected a folder of the release")
     log.info("%s: the %s weights", folder, weights)
-    vae_state, quantizer_state = map(read_state, files)
+    vae_state, quantizer_state = map(read_weights, files)
     trained = _file(folder, "vae")
     if base is None and trained and all(".lora_layer." in name for name in vae_state):
-        vae_state = {n: v for n, v in read_state(trained).items() if ".lora_layer." not in n} | vae_state
+        vae_state = {n: v for n, v in read_weights(trained).items() if ".lora_layer." not in n} | vae_state
     vae = load_adapted_vae(vae_state, None if base is None else load_vae(base))
     quantizer = load_quantizer(
         quantizer_state,
@@ -258,7 +253,7 @@ def layout_for(vae: ContinuousVAE) -> str:
 
 def vae_state(vae: ContinuousVAE, layout: str) -> dict[str, Tensor]:
     """The tensors of a VAE and of its adapters under the names of a layout, on the CPU."""
-    plain = without_adapters(vae).autoencoder
+    plain = plain_copy(vae, merge=False).autoencoder
     state = published_state(plain, layout)
     if vae.adapter_settings is not None:
         levels = len(plain.config.block_out_channels)

@@ -1,0 +1,149 @@
+"""Checks of what callers hand to the models, and of the losses, apart from the formulas: one error, one sentence."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_latents(latents: Tensor, channels: int, side: int) -> None:
+    """Latents are (B, channels, side, side) with B at least 1."""
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != (channels, side, side) or len(latents) == 0:
+        raise ValueError(
+            f"expected latents of shape (B, {channels}, {side}, {side}), got {tuple(latents.shape)}: the last scale is "
+            "the latent grid; give latents of that size or build the quantizer with other scales"
+        )
+
+
+def check_indices(indices: Sequence[Tensor], scales: Sequence[int], codes: int, levels: int | None, lowest: int) -> int:
+    """One integer (B, p, p) for each of the first LEVELS scales (None: all), values in [lowest, codes); how many."""
+    count = len(scales) if levels is None else levels
+    if not 1 <= count <= len(scales):
+        raise ValueError(f"expected levels from 1 to {len(scales)}, the number of scales, got {levels}")
+    if not count <= len(indices) <= len(scales):
+        raise ValueError(
+            f"expected indices of {count} levels, one (B, p, p) tensor for each scale in {tuple(scales[:count])}, "
+            f"got {len(indices)}"
+        )
+    for number, (level, p) in enumerate(zip(indices[:count], scales, strict=False)):
+        fits = tuple(level.shape) == (len(indices[0]), p, p) and len(level) > 0
+        if not fits or level.is_floating_point() or level.dtype == torch.bool:
+            raise ValueError(
+                f"expected indices of level {number} to be integers of shape (B, {p}, {p}) with one B for all levels, "
+                f"got {level.dtype} of shape {tuple(level.shape)}"
+            )
+        low, high = level.min().item(), level.max().item()
+        if low < lowest or high >= codes:
+            raise ValueError(
+                f"expected indices of level {number} in [{lowest}, {codes - 1}], got [{low}, {high}]: they were made "
+                "with another codebook, or hold a mask token"
+            )
+    return count
+
+
+def check_condition(condition: Any, batch: int, num_classes: int | None, text_dim: int | None) -> None:
+    """The condition is of the model's kind (labels, text or none), for BATCH samples, and in range."""
+    expected = "labels" if num_classes is not None else "text" if text_dim is not None else "no condition"
+    got = "no condition" if condition is None else "labels" if isinstance(condition, Tensor) else "text"
+    if got != expected:
+        raise ValueError(f"expected {expected} as the condition, which the model was built for, got {got}")
+    if condition is None:
+        return
+    count = len(condition.embeddings) if got == "text" else len(condition)
+    if count != batch:
+        raise ValueError(f"expected one condition for each of {batch} samples, got {count}")
+    if got == "text" and condition.embeddings.shape[-1] != text_dim:
+        raise ValueError(
+            f"expected text embeddings of width {text_dim}, got {condition.embeddings.shape[-1]}: use the text encoder "
+            "that the model was trained with"
+        )
+    if got == "labels" and count:
+        low, high = condition.min().item(), condition.max().item()
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"expected labels from 0 to {num_classes - 1}, got {low if low < 0 else high}")
+
+
+def check_quantizer(channels: int, codes: int, scales: Sequence[int], backend: str, backends: Sequence[str]) -> None:
+    """The settings that all quantizers share."""
+    if not scales or min(scales) < 1 or max(scales) != scales[-1]:
+        raise ValueError(f"expected scales of at least 1, the last (the latent grid's side) the largest, got {scales}")
+    if channels < 1 or codes < 1:
+        raise ValueError(f"expected latent_channels and codebook_size of at least 1, got {channels} and {codes}")
+    if backend not in backends:
+        raise ValueError(f"expected a backend of {', '.join(backends)}, got {backend!r}")
+
+
+def check_fixed(fixed: Sequence[Tensor], batch: int, scales: Sequence[int], codes: int) -> None:
+    """Tokens that sampling keeps: one (batch, p, p) a level, values in [-1, codes), -1 where they are to be drawn."""
+    expected = [(batch, p, p) for p in scales]
+    if [tuple(level.shape) for level in fixed] != expected:
+        raise ValueError(f"expected fixed tokens of shapes {expected}, got {[tuple(x.shape) for x in fixed]}")
+    low, high = min(int(level.min()) for level in fixed), max(int(level.max()) for level in fixed)
+    if low < -1 or high >= codes:
+        raise ValueError(
+            f"expected fixed tokens from -1 (to be drawn) to {codes - 1}, got [{low}, {high}]: do they come from "
+            "another tokenizer?"
+        )
+
+
+class NonFiniteLoss(RuntimeError):
+    """A term of the loss is not a number, or infinite."""
+
+
+def check_finite(terms: Mapping[str, Tensor], step: int, last_checkpoint: object | None) -> None:
+    """Raise `NonFiniteLoss`, naming the term, the step and the last good checkpoint, if a term is not finite."""
+    values = torch.stack([term.detach().float() for term in terms.values()])
+    if bool(torch.isfinite(values).all()):  # one transfer for all terms
+        return
+    named = zip(terms, values.tolist(), strict=True)
+    bad = ", ".join(f"{name} = {value:g}" for name, value in named if not math.isfinite(value))
+    where = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was written yet"
+    raise NonFiniteLoss(
+        f"at step {step} the loss is not finite ({bad}); {where}: "
+        "resume from it with a lower learning rate or a smaller weight of that term"
+    )
+
+
+def check_width(width: int, heads: int, num_classes: int | None, text_dim: int | None) -> None:
+    """The settings of MaskGIT that must fit each other."""
+    if width % heads:
+        raise ValueError(f"expected a width that the {heads} heads divide, got {width}")
+    if num_classes is not None and text_dim is not None:
+        raise ValueError("expected num_classes or text_dim, got both: the condition is a class or a text")
+
+
+def check_sampling(
+    training: bool, conditional: bool, temperature: float, guidance: float, order: str, orders: Sequence[str]
+) -> None:
+    """What `generate` is asked for, and of which model."""
+    if training:
+        raise ValueError("expected a model in evaluation mode, got one in training mode: call model.eval() first")
+    if order not in orders:
+        raise ValueError(f"expected an order of {', '.join(orders)}, got {order!r}")
+    if temperature <= 0 or not math.isfinite(temperature):
+        raise ValueError(f"expected a temperature above 0 (near 0: the likeliest token), got {temperature}")
+    if guidance < 0 or (guidance and not conditional):
+        raise ValueError(f"expected guidance of 0 (none) or more, and 0 for a model without condition, got {guidance}")
+
+
+def check_tokens(tokens: Tensor, length: int) -> None:
+    """MaskGIT's sequences are (B, length)."""
+    if tokens.ndim != 2 or tokens.shape[1] != length:
+        raise ValueError(f"expected tokens of shape (B, {length}), got {tuple(tokens.shape)}")
+
+
+def check_images(images: Tensor, channels: int, side: int | None = None) -> None:
+    """Images are (B, channels, h, w), or (B, channels, side, side)."""
+    expected = ("h", "w") if side is None else (side, side)
+    if images.ndim != 4 or images.shape[1] != channels or (side is not None and tuple(images.shape[2:]) != expected):
+        shape = ", ".join(map(str, (channels, *expected)))
+        raise ValueError(f"expected images of shape (B, {shape}), got {tuple(images.shape)}")
+
+
+def check_positive(**settings: float) -> None:
+    """Each of the named settings is above 0."""
+    for name, value in settings.items():
+        if value <= 0:
+            raise ValueError(f"expected {name} above 0, got {value}")
