@@ -2,8 +2,8 @@
 
 They are the middle steps of Table 1's ablation, and what Figures 3 to 6 draw. A comparison of two methods at one
 learning rate says as much about the rate as about the methods, so each method gets the same number of trials, compared
-on latents that it was not trained on. A fifth method, attention with one level, is not in the paper's table: it tells what attention
-does without residual levels, and its codes lie in the space of the latents themselves, where they can be looked at.
+on latents that it was not trained on. A fifth method, attention with one level, is not in the paper's table: it shows
+what attention does without residual levels, and its codes lie in the space of the latents themselves.
 """
 
 import itertools
