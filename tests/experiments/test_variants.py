@@ -67,7 +67,7 @@ def test_baselines_have_a_quantizer_of_their_own_and_the_same_decoder_adapters()
     assert found["VQGAN-style"].adapters == "scratch"
     for name in ("CODA, decoder adapted", "VQ", "Residual VQ", "FSQ"):
         assert (found[name].adapters, found[name].rank, found[name].steps) == ("decoder", settings.rank, 5)
-    assert [own.build_quantizer(16).tokens for own in found.values()] == [69, 69, 64, 64, 192, 192]
+    assert [own.build_quantizer(16).num_tokens for own in found.values()] == [69, 69, 64, 64, 192, 192]
     with pytest.raises(ValueError, match="expected baselines of rvq, rotation"):
         baseline_tokenizers(settings, ["pq"], levels=3, longer=6)
 
