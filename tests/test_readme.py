@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from codalib.experiments.ablation import BEST, PAPER
 from codalib.experiments.paper import CLAIMS
+from codalib.experiments.sweeps import BEST, PAPER
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,49 +1,38 @@
-"""Measure several models over the same images, the images shared by several processes, each counted once."""
+"""Evaluate several models over the same images, the images shared by several processes, each counted once."""
 
-import hashlib
-import json
 import logging
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from codalib.base.files import read_json, write_json
+from codalib.base.files import write_json
 from codalib.base.processes import make_accelerator
-from codalib.base.seeds import SEED_STRIDE
+from codalib.base.seeds import sample_generators
 from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset
 from codalib.evaluation.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
-from codalib.models.checkpoints import (
-    EMBEDDED_GENERATORS,
-    EMBEDDED_TOKENIZERS,
-    EMOJI_VAE,
-    PUBLISHED_VAES,
-    find_model,
-    load_tokenizer,
-    load_vae,
-)
+from codalib.evaluation.results import is_cached, read_results, result_file
+from codalib.models.checkpoints import find_model, load_tokenizer, load_vae
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import build_perceptual
-from codalib.pretrained.registry import find_weights, has_weights
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What the models of a table are measured on, and by which networks."""
+    """What the models of a table are evaluated on, and by which networks."""
 
     dataset: str  # "emoji" or "imagefolder:PATH"; its validation split
     resolution: int  # side of the images, pixels
     val_limit: int | None = None  # images; None: all
     batch_size: int = 50  # images a process and batch
-    workers: int = 0  # processes that load images, for each process that measures
+    workers: int = 0  # processes that load images, for each process
     frechet: str | None = "auto"  # "rfid" (Inception), "fd_effnet", what is here, or None
     frechet_resolution: int = 224  # side of EfficientNet's input, pixels
     perceptual: str | None = "auto"  # "perceptual_vgg" (LPIPS), "perceptual_effnet", what is here, or None
@@ -56,14 +45,14 @@ class EvaluationSettings:
 def evaluate_models(
     settings: EvaluationSettings, vaes: dict[str, str], tokenizers: dict[str, str], folder: str | Path
 ) -> None:
-    """Measure continuous VAEs and tokenizers over the same images; run it through `base.processes.launch`.
+    """Evaluate continuous VAEs and tokenizers over the same images; run it through `base.processes.launch`.
 
-    Process r of n takes every n-th image, and the measures are added up at the end, so that every image counts once
-    however many processes there are. One file a model, `measured/NAME.json` in FOLDER, holds its row and the protocol
-    of each number; a model that an interrupted run has measured already is not measured again.
+    Process r of n takes every n-th image, and the metrics add up at the end: every image counts once. One
+    file a model in FOLDER/measured holds its row and the protocol of each number; a model that has its file already is
+    not evaluated again.
 
     Args:
-        settings: the images and the networks of the measures.
+        settings: the images and the networks of the metrics.
         vaes: name -> what `find_model` and then `load_vae` take.
         tokenizers: name -> what `find_model` and then `models.checkpoints.load_tokenizer` take.
     """
@@ -72,21 +61,19 @@ def evaluate_models(
     images.check_enough_images(accelerator.num_processes)
     perceptual = build_perceptual(settings.perceptual)
     frechet = build_frechet(settings.frechet, settings.frechet_resolution)
-    for name, path in {**vaes, **tokenizers}.items():
-        file = measured_file(folder, name, path, settings)
-        done = file.exists()
-        accelerator.wait_for_everyone()  # all have looked before the first writes
-        if done:
+    models = vaes | tokenizers
+    for name, file in _result_files(settings, models, folder).items():
+        if is_cached(file, accelerator):
             continue
         started = time.monotonic()
-        model = load_vae(find_model(path)) if name in vaes else load_tokenizer(find_model(path))
-        model.to(accelerator.device)
-        measures = _measures(settings, model, frechet, perceptual)
-        share = accelerator.process_index, accelerator.num_processes
-        values = evaluate(model, images, measures, settings.batch_size, settings.seed, *share, settings.workers)
-        protocol = measures.protocol()
-        frechet = frechet and measures.frechet.with_same_reference()
-        row = {"method": name, **_size(model), "images": int(measures.images.compute()), **values}
+        path = find_model(models[name])
+        model = (load_vae(path) if name in vaes else load_tokenizer(path)).to(accelerator.device)
+        metrics = _metrics(settings, model, frechet, perceptual)
+        processes = accelerator.process_index, accelerator.num_processes
+        values = evaluate(model, images, metrics, settings.batch_size, settings.seed, *processes, settings.workers)
+        protocol = metrics.protocol()
+        frechet = frechet and metrics.frechet.with_same_reference()
+        row = {"method": name, **_size(model), "images": int(metrics.images.compute()), **values}
         if accelerator.is_main_process:
             seconds = round(time.monotonic() - started, 1)
             write_json(file, {"row": row, "protocol": protocol, "seconds": seconds})
@@ -95,99 +82,78 @@ def evaluate_models(
     accelerator.wait_for_everyone()
 
 
-def read_measured(
+def read_reconstruction_results(
     settings: EvaluationSettings, models: Mapping[str, str], folder: str | Path
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows that `evaluate_models` wrote, in the order of MODELS, and the protocol of each measure."""
-    results = [read_json(measured_file(folder, name, path, settings)) for name, path in models.items()]
-    protocol = {measure: text for result in results for measure, text in result["protocol"].items()}
-    return [result["row"] for result in results], protocol
+    """The rows that `evaluate_models` wrote, in the order of MODELS, and the protocol of each metric."""
+    return read_results(_result_files(settings, models, folder).values())
 
 
-def measured_file(folder: str | Path, name: str, path: str, settings: EvaluationSettings) -> Path:
-    """Where a model's result lies; the name changes with everything that decides the numbers."""
-    outer = {"batch_size", "workers"}
-    inputs = {key: value for key, value in asdict(settings).items() if key not in outer}
-    mark = hashlib.sha256(json.dumps([inputs, file_stamps(path)]).encode()).hexdigest()[:12]
-    return Path(folder) / "measured" / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}-{mark}.json"
-
-
-def file_stamps(name: str) -> list[Any]:
-    """The files of a model named as `find_model` takes it, with the times of their last change."""
-    if name in EMBEDDED_TOKENIZERS:
-        places = [EMBEDDED_TOKENIZERS[name], EMOJI_VAE]
-    elif name in EMBEDDED_GENERATORS:
-        places = [EMBEDDED_GENERATORS[name]]
-    elif name in PUBLISHED_VAES:
-        places = [find_weights(name)] if has_weights(name) else []
-    else:
-        places = [Path(find_model(name)).expanduser()]
-    files = [file for place in places for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
-    return [*map(str, places), *((file.name, file.stat().st_mtime_ns) for file in files)]
+def _result_files(settings: EvaluationSettings, models: Mapping[str, str], folder: str | Path) -> dict[str, Path]:
+    return {name: result_file(Path(folder) / "measured", name, settings, [path]) for name, path in models.items()}
 
 
 @torch.no_grad()
 def evaluate(
     model: CodaTokenizer | ContinuousVAE,
     images: ImageDataset,
-    measures: ReconstructionMetrics,
+    metrics: ReconstructionMetrics,
     batch_size: int = 64,
     seed: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Measure a tokenizer's or a continuous VAE's reconstructions of every image of a data set, once.
+    """Evaluate a tokenizer's or a continuous VAE's reconstructions of every image of a data set, once.
 
-    Process RANK of WORLD does its share, and each returns the measures of the whole. The posterior is sampled, as the
+    Process RANK of WORLD_SIZE does its part, and each returns the metrics of the whole. The posterior is sampled, as the
     release does, with noise that depends on the seed and the image alone: the numbers change neither with the number
-    of processes nor with the batch. The measures are moved to the model's device.
+    of processes nor with the batch. The metrics are moved to the model's device.
     """
     device = next(model.parameters()).device
-    measures.to(device)
-    batches = evaluation_batches(images, batch_size, rank, world, workers)
-    total = -(-len(range(rank, len(images), world)) // batch_size)
-    for batch in tqdm(batches, total=total, desc="measuring", disable=rank > 0, mininterval=2.0):
+    metrics.to(device)
+    batches = evaluation_batches(images, batch_size, rank, world_size, workers)
+    total = -(-len(range(rank, len(images), world_size)) // batch_size)
+    for batch in tqdm(batches, total=total, desc="evaluating", disable=rank > 0, mininterval=2.0):
         pictures = batch["image"].to(device)
-        seeds = (seed * SEED_STRIDE + index for index in batch["index"].tolist())
-        noise = [torch.Generator().manual_seed(own) for own in seeds]  # on the CPU: the same on every device
+        noise = sample_generators(seed, batch["index"].tolist())
         if isinstance(model, ContinuousVAE):
-            measures.update(pictures, model(pictures, generator=noise))
+            metrics.update(pictures, model(pictures, generator=noise))
         else:
             out = model(pictures, generator=noise)
-            measures.update(pictures, out.reconstruction, out.latents, out.quantized, out.indices)
-    return measures.compute()
+            metrics.update(pictures, out.reconstruction, out.latents, out.quantized, out.indices)
+    return metrics.compute()
 
 
 @torch.no_grad()
 def evaluate_levels(
     model: CodaTokenizer,
     images: ImageDataset,
-    measures: Sequence[ReconstructionMetrics],
+    metrics: Sequence[ReconstructionMetrics],
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Measure what the first k levels alone give, one set of `measures` for each k from 1 to the number of levels.
+    """Evaluate what the first k levels alone give, one set of `metrics` for each k from 1 to the number of levels.
 
-    Images are encoded once, with the noise that `measure` gives them. Another number of `measures` raises ValueError.
+    Images are encoded once, with the noise that `evaluate` gives them. Another number of `metrics` raises ValueError.
     """
-    if len(measures) != len(model.quantizer.scales):
-        raise ValueError(f"{len(measures)} sets of measures got, expected {len(model.quantizer.scales)}, one a level")
+    if len(metrics) != len(model.quantizer.scales):
+        raise ValueError(f"expected {len(model.quantizer.scales)} sets of metrics, one a level, got {len(metrics)}")
     device = next(model.parameters()).device
-    for own in measures:
+    for own in metrics:
         own.to(device)
     for batch in tqdm(evaluation_batches(images, batch_size), total=-(-len(images) // batch_size), desc="levels"):
         pictures = batch["image"].to(device)
-        noise = [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in batch["index"].tolist()]
+        noise = sample_generators(seed, batch["index"].tolist())
         latents = model.vae.encode(pictures, generator=noise)
         indices = model.quantizer.encode(latents)
-        for level, own in zip(range(1, len(model.quantizer.scales) + 1), measures, strict=True):
+        for level, own in zip(range(1, len(model.quantizer.scales) + 1), metrics, strict=True):
             quantized = model.quantizer.decode(indices, levels=level)
             own.update(pictures, model.vae.decode(quantized), latents, quantized)
-    return [own.compute() for own in measures]
+    return [own.compute() for own in metrics]
 
 
-def _measures(
+def _metrics(
     settings: EvaluationSettings,
     model: CodaTokenizer | ContinuousVAE,
     frechet: FrechetDistance | None,

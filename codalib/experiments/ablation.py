@@ -1,9 +1,9 @@
 """Quantizers on a frozen VAE, each at the paper's setting and at the best of its sweep, over several seeds.
 
-They are the middle rungs of Table 1, and what Figures 3 to 6 draw. A comparison of two methods at one learning rate
-says as much about the rate as about the methods, so each method gets the same number of trials, judged on latents that
-it was not trained on. A fifth method, attention with one level, is not in the paper's table: it tells what attention
-does without residual levels, and its codes lie in the space of the latents themselves, where they can be looked at.
+They are the middle steps of Table 1's ablation, and what Figures 3 to 6 draw. A comparison of two methods at one
+learning rate says as much about the rate as about the methods, so each method gets the same number of trials, compared
+on latents that it was not trained on. A fifth method, attention with one level, is not in the paper's table: it shows
+what attention does without residual levels, and its codes lie in the space of the latents themselves.
 """
 
 import itertools
@@ -21,11 +21,12 @@ from codalib.base.files import read_json, write_json
 from codalib.base.paths import DATA
 from codalib.evaluation.latents import latent_scores
 from codalib.experiments.paper import TABLE_1
+from codalib.experiments.sweeps import BEST, PAPER, sweep
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import QuantizerSettings
 
-HELD_OUT = 0.1  # share of the training latents on which a sweep's trials are compared
+HELD_OUT = 0.1  # fraction of the training latents on which a sweep's trials are compared
 CONTINUOUS, VQ, RESIDUAL, ATTENTION, ADAPTED = (row.method for row in TABLE_1)
 ONE_LEVEL_ATTENTION = "Attention quantization, one level"
 METHODS = {  # method -> kind of quantizer, and whether it has the residual levels
@@ -34,7 +35,6 @@ METHODS = {  # method -> kind of quantizer, and whether it has the residual leve
     RESIDUAL: ("nearest", True),
     ATTENTION: ("attention", True),
 }
-BEST, PAPER = "best of its sweep", "paper's setting"
 EMBEDDED_QUANTIZERS = {"emoji": DATA / "quantizers-emoji"}  # name -> folder
 TRIALS = "trials.json"
 
@@ -62,32 +62,22 @@ class Trial:
         }
 
 
-def sweep(
-    method: str,
-    settings: QuantizerSettings,
-    latents: Tensor,
-    folder: str | Path,
-    learning_rates: Sequence[float],
-    entropy_weights: Sequence[float] = (0.0,),
-    snapshots: Sequence[int] = (),
-) -> list[Trial]:
-    """Fit a quantizer at every learning rate and entropy weight, in the order given; a finished trial is not repeated.
+def fit_trial(
+    method: str, settings: QuantizerSettings, latents: Tensor, folder: str | Path, snapshots: Sequence[int] = ()
+) -> Trial:
+    """Fit one quantizer; a finished trial is not repeated.
 
     Args:
-        settings: all else.
-        latents: (N, C, H, W); the last tenth is held out of training and scores the trials.
+        latents: (N, C, H, W); the last tenth is held out of training and scores the trial.
         folder: receives one folder a trial.
-        snapshots: steps after which each trial's state is kept, see `fit_quantizer`.
+        snapshots: steps after which the state is kept, see `fit_quantizer`.
     """
     held_out = max(1, round(HELD_OUT * len(latents)))
-    trials = []
-    for rate, weight in itertools.product(learning_rates, entropy_weights):
-        own = replace(settings, learning_rate=rate, entropy_weight=weight)
-        place = Path(folder) / f"rate-{rate:g}-entropy-{weight:g}-seed-{own.seed}"
-        quantizer = fit_quantizer(own, latents[:-held_out], place, snapshots=snapshots)
-        states = tuple((step, _with_state(own, latents.shape[1], place / f"snapshot-{step}")) for step in snapshots)
-        trials.append(Trial(method, own, quantizer, **latent_scores(quantizer, latents[-held_out:]), snapshots=states))
-    return trials
+    name = f"rate-{settings.learning_rate:g}-entropy-{settings.entropy_weight:g}-seed-{settings.seed}"
+    place = Path(folder) / name
+    quantizer = fit_quantizer(settings, latents[:-held_out], place, snapshots=snapshots)
+    states = tuple((step, _with_state(settings, latents.shape[1], place / f"snapshot-{step}")) for step in snapshots)
+    return Trial(method, settings, quantizer, **latent_scores(quantizer, latents[-held_out:]), snapshots=states)
 
 
 def fit_methods(
@@ -100,27 +90,54 @@ def fit_methods(
     seeds: Sequence[int] = (0,),
     snapshots: Sequence[int] = (),
 ) -> list[Trial]:
-    """Sweep every method of `METHODS` with the first seed; then its best and the paper's setting with the other seeds.
+    """Sweep every method of `METHODS` over its learning rates and entropy weights, see `experiments.sweeps.sweep`.
 
     Args:
         settings: all but the kind, the learning rate, the entropy weight and the seed; a method without residual levels
             has the last of its scales alone.
         entropy_weights: of attention; the nearest neighbour has none.
         snapshots: steps at which the methods of one level keep their state, with the first seed.
+    Returns the trials: of each method those with the first seed, then seed by seed the others.
     Raises:
         ValueError: the paper's setting is not among the trials.
     """
     trials = []
     for method, (kind, residual) in METHODS.items():
-        own = replace(settings, kind=kind, scales=settings.scales if residual else settings.scales[-1:], seed=seeds[0])
-        rates, weights = (rates_attention, entropy_weights) if kind == "attention" else (rates_nearest, (0.0,))
+        own = replace(settings, kind=kind, scales=settings.scales if residual else settings.scales[-1:])
         place = Path(folder) / "".join(letter if letter.isalnum() else "-" for letter in method).strip("-")
-        tried = sweep(method, own, latents, place, rates, weights, () if residual else snapshots)
-        trials += tried
-        again = {(t.settings.learning_rate, t.settings.entropy_weight) for t in (best(tried), paper_setting(tried))}
-        for seed, (rate, weight) in itertools.product(seeds[1:], sorted(again)):
-            trials += sweep(method, replace(own, seed=seed), latents, place, [rate], [weight])
+        rates, weights = (rates_attention, entropy_weights) if kind == "attention" else (rates_nearest, (0.0,))
+        pairs = list(itertools.product(rates, weights))
+        trials += _fit_method(method, own, latents, place, pairs, seeds, () if residual else snapshots)
     return trials
+
+
+def _fit_method(
+    method: str,
+    settings: QuantizerSettings,
+    latents: Tensor,
+    folder: Path,
+    pairs: Sequence[tuple[float, float]],
+    seeds: Sequence[int],
+    snapshots: Sequence[int],
+) -> list[Trial]:
+    """The trials of one method over PAIRS of learning rate and entropy weight."""
+    paper = _paper_pair(settings.kind)
+    if paper not in pairs:
+        raise ValueError(f"expected the paper's (learning rate, entropy weight) {paper} in the sweep, got {pairs}")
+
+    def train(pair: tuple[float, float], seed: int) -> dict[str, Any]:
+        own = replace(settings, learning_rate=pair[0], entropy_weight=pair[1], seed=seed)
+        trial = fit_trial(method, own, latents, folder, snapshots if seed == seeds[0] else ())
+        return {"trial": trial, "pair": pair, "error": trial.quantization_error}
+
+    rows = sweep(train, pairs, seeds, "error", paper)
+    again = sorted(rows[len(set(pairs)) :], key=lambda row: (seeds.index(row["trial"].settings.seed), row["pair"]))
+    return [row["trial"] for row in (*rows[: len(set(pairs))], *again)]
+
+
+def _paper_pair(kind: str) -> tuple[float, float]:
+    """The paper's learning rate (5e-4) and, for attention, the release's entropy weight (0.05)."""
+    return QuantizerSettings.learning_rate, QuantizerSettings.entropy_weight if kind == "attention" else 0.0
 
 
 def best(trials: Sequence[Trial]) -> Trial:
@@ -129,28 +146,20 @@ def best(trials: Sequence[Trial]) -> Trial:
 
 
 def paper_setting(trials: Sequence[Trial]) -> Trial:
-    """The first trial at the paper's learning rate (5e-4) and, for attention, the release's entropy weight (0.05).
-
-    Raises ValueError where the sweep left it out.
-    """
-    for trial in trials:
-        weight = (
-            QuantizerSettings.entropy_weight if trial.settings.kind == "attention" else trial.settings.entropy_weight
-        )
-        if (trial.settings.learning_rate, trial.settings.entropy_weight) == (QuantizerSettings.learning_rate, weight):
-            return trial
+    """The first trial at the paper's learning rate and entropy weight; ValueError where the sweep left it out."""
     tried = [(trial.settings.learning_rate, trial.settings.entropy_weight) for trial in trials]
-    raise ValueError(
-        f"the sweep tried (learning rate, entropy weight) {tried}, expected the paper's "
-        f"({QuantizerSettings.learning_rate}, {QuantizerSettings.entropy_weight}) among them"
-    )
+    for trial, pair in zip(trials, tried, strict=True):
+        if pair == _paper_pair(trial.settings.kind):
+            return trial
+    paper = _paper_pair(trials[0].settings.kind)
+    raise ValueError(f"expected the paper's (learning rate, entropy weight) {paper} in the sweep, got {tried}")
 
 
 def chosen(trials: Sequence[Trial], method: str, setting: str) -> list[Trial]:
     """The trials of a METHOD at `BEST` or at `PAPER`, one a seed; both are chosen with the first seed alone."""
     own = [trial for trial in trials if trial.method == method]
     if not own:
-        raise ValueError(f"no trial of {method!r} is here, expected one of {sorted({t.method for t in trials})}")
+        raise ValueError(f"expected a method of {sorted({t.method for t in trials})}, got {method!r}")
     first = [trial for trial in own if trial.settings.seed == own[0].settings.seed]
     model = {BEST: best, PAPER: paper_setting}[setting](first)
     return [trial for trial in own if replace(trial.settings, seed=0) == replace(model.settings, seed=0)]
@@ -185,7 +194,9 @@ def load_trials(folder: str | Path) -> tuple[list[Trial], str]:
     """
     folder = EMBEDDED_QUANTIZERS.get(str(folder), Path(folder))
     if not (folder / TRIALS).exists():
-        raise ValueError(f"{folder} holds no {TRIALS}: expected a folder that the notebook 01_fit_quantizers wrote")
+        raise ValueError(
+            f"expected a folder that the notebook 01_fit_quantizers wrote, got {folder}, which holds no {TRIALS}"
+        )
     contents, trials = read_json(folder / TRIALS), []
     for number, row in enumerate(contents["trials"]):
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in row["settings"].items()}

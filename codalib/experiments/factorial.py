@@ -27,7 +27,7 @@ from codalib.datasets.images import ImageDataset, evaluation_batches
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
 from codalib.evaluation.metrics import psnr
 from codalib.experiments.bracketing import bracket, bracket_both
-from codalib.models.losses import NonFiniteLoss
+from codalib.models.checks import NonFiniteLoss
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.vae import ContinuousVAE
 from codalib.training.quantizer import fit_quantizer

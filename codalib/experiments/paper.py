@@ -33,7 +33,7 @@ class Row:
     """One published row; None where the paper gives no number.
 
     Units: ratio is image side / latent side; codebook_size in codes; quantization_error is a mean square; psnr in dB;
-    utilization the share of codes used, 0 to 1; iterations are training steps converted to a global batch of 256;
+    utilization the fraction of codes used, 0 to 1; iterations are training steps converted to a global batch of 256;
     parameters in millions of weights; steps are network evaluations for one sample.
     """
 
@@ -75,7 +75,7 @@ class Table:
         for row in self.rows:
             if row.method == method:
                 return row
-        raise KeyError(f"Table {self.number} has no row {method!r}; it has {[row.method for row in self.rows]}.")
+        raise KeyError(f"expected a row of Table {self.number}, {[row.method for row in self.rows]}, got {method!r}")
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -250,7 +250,7 @@ class Claim:
     comparisons: tuple[Comparison, ...] = ()
 
 
-def _ladder(column: str, *methods: str) -> tuple[Comparison, ...]:
+def _ablation(column: str, *methods: str) -> tuple[Comparison, ...]:
     return tuple(Comparison("1", column, a, b) for a, b in pairwise(methods))
 
 
@@ -262,15 +262,15 @@ CLAIMS = {
     for claim in (
         Claim(
             id="ladder",
-            title="Each step of the ladder helps",
+            title="Each step of the ablation helps",
             statement="Each component - residual levels, attention, adapted VAE - lowers the quantization error and "
             "the Fréchet distance, and raises PSNR and SSIM.",
             source="Table 1",
-            caution="The rungs are added in one order; what a component is worth without those before it stays open.",
+            caution="The components are added in one order; what one is worth without those before it stays open.",
             comparisons=tuple(
                 comparison
                 for column in ("quantization_error", "rfid", "psnr", "ssim")
-                for comparison in _ladder(column, _VQ, _RESIDUAL, _ATTENTION, _ADAPTED)
+                for comparison in _ablation(column, _VQ, _RESIDUAL, _ATTENTION, _ADAPTED)
             ),
         ),
         Claim(
@@ -279,7 +279,7 @@ CLAIMS = {
             statement="Residual quantization lowers the quantization error of plain vector quantization.",
             source="Table 1, Section 4",
             caution="The residual quantizer writes an image in several times as many tokens: bits are not held equal.",
-            comparisons=_ladder("quantization_error", _VQ, _RESIDUAL) + _ladder("rfid", _VQ, _RESIDUAL),
+            comparisons=_ablation("quantization_error", _VQ, _RESIDUAL) + _ablation("rfid", _VQ, _RESIDUAL),
         ),
         Claim(
             id="levels_monotone",
@@ -295,7 +295,7 @@ CLAIMS = {
             "unused.",
             source="Table 1, Section 4",
             caution="Utilization depends on how many images it is counted over.",
-            comparisons=_ladder("utilization", _RESIDUAL, _ATTENTION),
+            comparisons=_ablation("utilization", _RESIDUAL, _ATTENTION),
         ),
         Claim(
             id="attention_error",
@@ -303,7 +303,8 @@ CLAIMS = {
             statement="Attention-based assignment lowers the quantization error of residual quantization.",
             source="Table 1, Section 4",
             caution="Depends on how well the nearest-neighbour baseline is tuned, and for how long both are trained.",
-            comparisons=_ladder("quantization_error", _RESIDUAL, _ATTENTION) + _ladder("rfid", _RESIDUAL, _ATTENTION),
+            comparisons=_ablation("quantization_error", _RESIDUAL, _ATTENTION)
+            + _ablation("rfid", _RESIDUAL, _ATTENTION),
         ),
         Claim(
             id="adaptation_closes_gap",
@@ -312,7 +313,7 @@ CLAIMS = {
             source="Table 1, Table 4a, Section 4",
             caution="The quantization error is taken in the adapted encoder's own latents, whose spread may shrink; a "
             "short adaptation closes less than a long one.",
-            comparisons=_ladder("rfid", _ATTENTION, _ADAPTED) + _ladder("psnr", _ATTENTION, _ADAPTED),
+            comparisons=_ablation("rfid", _ATTENTION, _ADAPTED) + _ablation("psnr", _ATTENTION, _ADAPTED),
         ),
         Claim(
             id="decoder_over_encoder",
@@ -368,9 +369,9 @@ CLAIMS = {
         Claim(
             id="more_steps",
             title="32 steps beat 8",
-            statement="SamplerConfig with 32 steps gives better images than with 8.",
+            statement="Sampling with 32 steps gives better images than with 8.",
             source="Table 3, Section 5.2",
-            caution="Seeds are those of the draws from one generator; other generators were not trained.",
+            caution="Seeds are those of the samples of one MaskGIT; no other was trained.",
             comparisons=(Comparison("3", "fid", "CODA MaskGIT-L, 8 steps", "CODA MaskGIT-L, 32 steps"),),
         ),
         Claim(
@@ -378,7 +379,7 @@ CLAIMS = {
             title="MaskGIT gains from CODA's tokens",
             statement="MaskGIT generates better images from CODA's tokens than from those of earlier tokenizers.",
             source="Table 3, Section 5.2",
-            caution="The paper's rows differ in the generator's size, steps and training as well as in the tokenizer.",
+            caution="The paper's rows differ in the model's size, steps and training as well as in the tokenizer.",
             comparisons=tuple(Comparison("3", "fid", m, "CODA MaskGIT-L, 8 steps") for m in ("MaskGIT", "MaskGIT-FSQ")),
         ),
     )

@@ -34,10 +34,10 @@ def claim_verdict(
     agree. Returns {"id", "setting", "verdict", "effect", "detail"} for `Run.finish`.
     """
     if claim not in CLAIMS:
-        raise ValueError(f"There is no claim {claim!r}; paper.py has {', '.join(CLAIMS)}.")
+        raise ValueError(f"expected a claim of {', '.join(CLAIMS)}, got {claim!r}")
     values = np.asarray(improvements, dtype=float)
     if not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"Claim {claim!r} needs a finite improvement for each seed, got {list(improvements)}.")
+        raise ValueError(f"expected a finite improvement for each seed of claim {claim!r}, got {list(improvements)}")
     if len(values) >= SEEDS_FOR_A_TEST and not np.allclose(values, values[0]):
         count = len(values)
         statistic = values.mean() / (values.std(ddof=1) / math.sqrt(count))
@@ -54,7 +54,7 @@ def claim_verdict(
 
 
 def tested(result: Mapping[str, str]) -> bool:
-    """Whether a test over seeds is behind a verdict of `judge`; else it only says which way the numbers point."""
+    """Whether a test over seeds is behind a verdict of `claim_verdict`; else it only compares signs."""
     return TEST in result.get("detail", "")
 
 

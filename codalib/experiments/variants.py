@@ -1,13 +1,11 @@
 """Tokenizers that are compared: of those that differ in one thing each (Table 4) and of other methods (Figure 1c)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codalib.base.files import read_json, write_json
-from codalib.base.paths import runs_folder
-from codalib.experiments.ablation import BEST, PAPER
+from codalib.experiments.sweeps import BEST, GENERATORS, PAPER, VARIANTS, read_rows
 from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.settings import SCRATCH, TokenizerSettings
@@ -17,7 +15,6 @@ BASE = "base"
 BUDGET = "VQGAN-style", "CODA"  # whose training budgets the paper compares
 VQ_BETA = 0.25  # of VQ's commitment term (arXiv:1711.00937)
 TABLES = {"adapters": "4a", "codebook_size": "4b", "norm": "4c"}  # what differs -> the table that compares it
-VARIANTS, GENERATORS = "variants.json", "generators.json"
 PETA = 1e15
 
 
@@ -32,7 +29,7 @@ def tokenizer_variants(
     for field, values in zip(TABLES, (halves, codebook_sizes, norms), strict=True):
         for value in values:
             if getattr(settings, field) == value:
-                raise ValueError(f"{field} {value!r} is asked for as a variant and is the base's own: leave it out")
+                raise ValueError(f"expected {field} other than the base's as a variant, got {value!r}: leave it out")
             variants[_name(field, value)] = replace(settings, **{field: value})
     return variants
 
@@ -56,7 +53,7 @@ def baseline_tokenizers(
     with LEVELS codes a position. "CODA, decoder adapted" is the same with CODA's quantizer.
     """
     if odd := [kind for kind in kinds if kind not in LIBRARY_KINDS]:
-        raise ValueError(f"baselines {odd} asked for, expected some of {', '.join(LIBRARY_KINDS)}")
+        raise ValueError(f"expected baselines of {', '.join(LIBRARY_KINDS)}, got {odd}")
     side = settings.scales[-1:]
     frozen = replace(settings, adapters="decoder")
     nearest = {"kind": "nearest", "scales": side, "beta": VQ_BETA, "entropy_weight": 0.0}
@@ -68,49 +65,14 @@ def baseline_tokenizers(
     } | {LIBRARY_KINDS[kind]: replace(frozen, kind=kind, scales=side * levels, entropy_weight=0.0) for kind in kinds}
 
 
-def check_trials(learning_rates: Sequence[float], seeds: Sequence[int]) -> None:
-    """Raise ValueError for what `tried` cannot train with, before any work is done."""
-    if not learning_rates or min(learning_rates) <= 0:
-        raise ValueError(f"learning_rates is {list(learning_rates)}, expected one or more, all above 0")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds is {list(seeds)}, expected one or more, all different")
-
-
-def tried(
-    train: Callable[[float, int], dict[str, Any]],
-    learning_rates: Sequence[float],
-    seeds: Sequence[int],
-    score: str,
-    paper: float | None,
-) -> list[dict[str, Any]]:
-    """Train a method with every learning rate and the first seed; then its best and the paper's with the other seeds.
-
-    Args:
-        train: trains with a learning rate and a seed; returns a row with a number SCORE, of which the lowest is best.
-        paper: the paper's learning rate, which may be among the others; None: only the best is trained again.
-    Returns the rows, each with "settings": which of `BEST` and `PAPER` (`experiments.ablation`) it stands for, if any.
-    """
-    first = {rate: train(rate, seeds[0]) for rate in learning_rates}
-    best = min(first, key=lambda rate: first[rate][score])
-    settings = {rate: [name for name, own in ((BEST, best), (PAPER, paper)) if own == rate] for rate in first}
-    again = [(rate, seed) for rate in first for seed in seeds[1:] if settings[rate]]
-    rows = [*first.items(), *((rate, train(rate, seed)) for rate, seed in again)]
-    return [row | {"settings": settings[rate]} for rate, row in rows]
-
-
 def variant_row(name: str, settings: TokenizerSettings, tokenizer: str | Path) -> dict[str, Any]:
-    """One trained variant, for `write_variants`; `tokenizer` is its folder, relative to theirs."""
+    """One trained variant, for `write_rows`; `tokenizer` is its folder, relative to theirs."""
     row = {"method": name, "seed": settings.seed, "learning_rate": settings.learning_rate, "tokenizer": str(tokenizer)}
     return row | {field: getattr(settings, field) for field in TABLES}
 
 
-def write_variants(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
-    """Write the list of a folder's variants, for `table_4_rows`."""
-    write_json(Path(folder) / VARIANTS, list(rows))
-
-
 def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
-    """What each row of Tables 4a, 4b and 4c is measured on.
+    """The tokenizers of Tables 4a, 4b and 4c.
 
     The base stands in each table, under its own value.
 
@@ -126,7 +88,7 @@ def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
         own |= {field: embedded.quantizer.config()[field] for field in ("codebook_size", "norm")}
         rows = [{"method": BASE, "settings": [BEST], "learning_rate": None, "seed": 0, "tokenizer": "emoji"} | own]
     else:
-        rows = _read(folder)
+        rows = _trained_tokenizers(folder)
     return [
         {"table": table, "method": _word(row[field]), "setting": setting}
         | {name: row[name] for name in ("learning_rate", "seed", "tokenizer")}
@@ -157,7 +119,7 @@ def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any
         quantizer = CodaTokenizer.from_pretrained("emoji").quantizer
         size = {"tokens": quantizer.num_tokens, "codebook_size": quantizer.codebook_size}
         return [{"method": "CODA", "seed": 0, "tokenizer": "emoji"} | size]
-    rows = [row for row in _read(folder) if setting in row["settings"]]
+    rows = [row for row in _trained_tokenizers(folder) if setting in row["settings"]]
     kept = ("method", "seed", "tokens", "codebook_size", "tokenizer", "learning_rate", "steps", "seconds")
     return [
         {name: row[name] for name in kept} | {"petaflop": row["operations_a_step"] * row["steps"] / PETA}
@@ -170,18 +132,16 @@ def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, A
 
     Rows of "method", "seed", "steps" and "petaflop" so far, and "val_psnr".
     """
-    return (
-        []
-        if folder is None
-        else [
-            {"method": row["method"], "seed": row["seed"], "steps": line["step"], "val_psnr": line["val_psnr"]}
-            | {"petaflop": row["operations_a_step"] * line["step"] / PETA}
-            for row in _read(folder)
-            if setting in row["settings"]
-            for line in read_log(Path(row["tokenizer"]).parent)
-            if "val_psnr" in line
-        ]
-    )
+    if folder is None:
+        return []
+    return [
+        {"method": row["method"], "seed": row["seed"], "steps": line["step"], "val_psnr": line["val_psnr"]}
+        | {"petaflop": row["operations_a_step"] * line["step"] / PETA}
+        for row in _trained_tokenizers(folder)
+        if setting in row["settings"]
+        for line in read_log(Path(row["tokenizer"]).parent)
+        if "val_psnr" in line
+    ]
 
 
 def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tuple[list[float], bool]:
@@ -211,26 +171,13 @@ def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tu
     return ratios, reached
 
 
-def write_generators(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
-    """Write the list of generators that differ in their tokenizer, for `generator_rows`.
-
-    Rows of `tried` with "method", "tokenizer" (as `models.checkpoints.find_model` takes it), "generator" (below
-    FOLDER).
-    """
-    named = [row | {"generator": str(Path(row["generator"]).relative_to(folder))} for row in rows]
-    write_json(Path(folder) / GENERATORS, named)
-
-
 def generator_rows(folder: str) -> list[dict[str, Any]]:
-    """What 02_compare_tokenizers wrote below `runs_folder()`, as `write_generators` got it, the judged method first."""
-    place = runs_folder(folder)
-    if not (place / GENERATORS).exists():
-        raise ValueError(f"{place} holds no {GENERATORS}: expected the folder of 02_compare_tokenizers")
-    return [row | {"generator": str(place / row["generator"])} for row in read_json(place / GENERATORS)]
+    """The MaskGITs that 02_compare_tokenizers trained on several tokenizers, the one that is compared first.
+
+    Rows of `sweep` with "method", "tokenizer" (as `models.checkpoints.find_model` takes it), "generator" (its path).
+    """
+    return read_rows(folder, GENERATORS, "02_compare_tokenizers")
 
 
-def _read(folder: str) -> list[dict[str, Any]]:
-    place = runs_folder(folder)
-    if not (place / VARIANTS).exists():
-        raise ValueError(f"{place} holds no {VARIANTS}: expected the folder of 01_train_variants or 01_train_baselines")
-    return [row | {"tokenizer": str(place / row["tokenizer"])} for row in read_json(place / VARIANTS)]
+def _trained_tokenizers(folder: str) -> list[dict[str, Any]]:
+    return read_rows(folder, VARIANTS, "01_train_variants or 01_train_baselines")

@@ -7,7 +7,8 @@ vector-quantize-pytorch); attention gets one too, so that neither side of a comp
 import torch
 from torch import Tensor, nn
 
-from codalib.models.quantizer import ResidualAttentionQuantizer, ResidualNearestQuantizer, ResidualQuantizer
+from codalib.models.baselines import ResidualNearestQuantizer
+from codalib.models.quantizer import ResidualAttentionQuantizer, ResidualQuantizer
 
 START_LATENTS = 1024  # images whose features are drawn from
 

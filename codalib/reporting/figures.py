@@ -309,6 +309,13 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> dict[str, str]
     return files
 
 
+def show_figure(figure: Figure, folder: str | Path, name: str, caption: str, alt: str) -> dict[str, str]:
+    """Save a figure (`save_figure`) and show it (`show`); returns its entry among the results of a run."""
+    files = save_figure(figure, folder, name)
+    show(figure, caption, alt)
+    return files | {"caption": caption, "alt": alt}
+
+
 def save_animation(frames: Sequence[Figure], folder: str | Path, name: str, seconds: float = 0.8) -> dict[str, str]:
     """Write figures of one size as NAME.gif, each shown for SECONDS and the last three times as long: {"gif": name}."""
     pictures = []

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,12 @@ def beside_paper(
     return pd.DataFrame([line(row) for row in sorted(everything, key=lambda r: place.get(named(r), len(order)))])
 
 
+def save_table(frame: pd.DataFrame, folder: str | Path, file: str, title: str, caption: str) -> dict[str, str]:
+    """Write a table as FILE, CSV, into FOLDER; returns its entry among the results of a run."""
+    frame.to_csv(Path(folder) / file, index=False)
+    return {"file": file, "title": title, "caption": caption}
+
+
 def label(column: str) -> str:
     """A column of a CSV file as readers know it: `paper_rfid` -> "rFID (paper)"."""
     if column.startswith(PAPER_PREFIX):
@@ -118,7 +125,7 @@ def prose(frame: pd.DataFrame) -> Any:
 
 
 def verdicts(claims: Sequence[Mapping[str, str]]) -> Any:
-    """What `judge` returned, as a table for a notebook; columns that are empty throughout are left out."""
+    """What `claim_verdict` returned, as a table for a notebook; columns that are empty throughout are left out."""
     frame = pd.DataFrame(claims, columns=["id", "setting", "verdict", "effect", "detail"]).rename(
         columns={"id": "claim"}
     )

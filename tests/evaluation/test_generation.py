@@ -9,19 +9,15 @@ from codalib.datasets.token_cache import CacheMismatch, TokenCache, tokenizer_ha
 from codalib.evaluation.generation import (
     BASELINES,
     GenerationSettings,
-    LinearProbe,
     SamplerConfig,
     asked_images,
-    class_accuracy,
-    evaluate_generator,
-    inception_score,
-    moments,
-    nearest,
-    read_generated,
+    evaluate_maskgit,
+    read_generation_results,
+    sampler_grid,
     shuffle_levels,
     shuffle_tokens,
-    sweep,
 )
+from codalib.evaluation.generation_metrics import LinearProbe, class_accuracy, inception_score, moments, nearest
 from codalib.evaluation.metrics import FrechetDistance, frechet_distance
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.checkpoints import load_vae
@@ -36,13 +32,13 @@ SCALES = (1, 2, 8)
 SETTINGS = GenerationSettings(
     "emoji", val_limit=12, train_limit=24, batch_size=5, frechet="fd_effnet", frechet_resolution=32
 )
-SAMPLINGS = sweep(SamplerConfig(steps=2), guidance=(0.0, 2.0))
+SAMPLERS = sampler_grid(SamplerConfig(steps=2), guidance=(0.0, 2.0))
 
 
-# --- measures ---------------------------------------------------------------------------------------------------------
+# --- metrics ---------------------------------------------------------------------------------------------------------
 
 
-def test_moments_give_the_frechet_distance_of_the_other_measures():
+def test_moments_give_the_frechet_distance_of_the_other_metrics():
     distance = FrechetDistance(EfficientNetLite0(), 32)
     real, fake = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     distance.update(real, real=True)
@@ -116,8 +112,8 @@ def test_the_inception_score_is_between_one_and_the_classes():
     assert inception_score(torch.ones(100, 4), distance) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_sweep_names_every_combination():
-    found = sweep(SamplerConfig(order="coarse-to-fine"), steps=(8, 32), guidance=(0.0, 1.5))
+def test_a_grid_of_samplers_names_every_combination():
+    found = sampler_grid(SamplerConfig(order="coarse-to-fine"), steps=(8, 32), guidance=(0.0, 1.5))
     assert list(found) == [
         "steps 8, guidance 0",
         "steps 8, guidance 1.5",
@@ -127,7 +123,7 @@ def test_a_sweep_names_every_combination():
     assert found["steps 32, guidance 1.5"] == SamplerConfig(steps=32, guidance=1.5, order="coarse-to-fine")
 
 
-# --- the stage --------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +154,15 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
-    evaluate_generator(SETTINGS, *models[:2], SAMPLINGS, folder)
+    evaluate_maskgit(SETTINGS, *models[:2], SAMPLERS, folder)
     return folder
 
 
 def test_every_method_is_measured(models, measured):
-    rows, protocol = read_generated(SETTINGS, *models[:2], SAMPLINGS, measured)
+    rows, protocol = read_generation_results(SETTINGS, *models[:2], SAMPLERS, measured)
     named = {row["method"]: row for row in rows}
     assert list(named) == [*BASELINES, "guidance 0", "guidance 2"]
-    measures = {
+    metrics = {
         "fd_effnet",
         "precision",
         "recall",
@@ -175,8 +171,8 @@ def test_every_method_is_measured(models, measured):
         "nearest_train",
         "copies",
     }
-    assert measures == protocol.keys()
-    assert all(measures <= row.keys() for row in rows)
+    assert metrics == protocol.keys()
+    assert all(metrics <= row.keys() for row in rows)
     assert named["validation images"]["fd_effnet"] == pytest.approx(0, abs=1e-3)  # against themselves
     assert named["validation images"]["nearest_train"] == pytest.approx(1)
     assert named["training images"]["copies"] == 1
@@ -193,22 +189,22 @@ def test_every_method_is_measured(models, measured):
 
 def test_what_is_measured_is_not_measured_again(models, measured, monkeypatch):
     monkeypatch.setattr("codalib.evaluation.generation.generate", lambda *_, **__: pytest.fail("drawn again"))
-    evaluate_generator(SETTINGS, *models[:2], SAMPLINGS, measured)
+    evaluate_maskgit(SETTINGS, *models[:2], SAMPLERS, measured)
     files = sorted(path.stat().st_mtime_ns for path in measured.rglob("*.json"))
-    evaluate_generator(dataclasses.replace(SETTINGS, batch_size=3), *models[:2], SAMPLINGS, measured)
+    evaluate_maskgit(dataclasses.replace(SETTINGS, batch_size=3), *models[:2], SAMPLERS, measured)
     assert files == sorted(path.stat().st_mtime_ns for path in measured.rglob("*.json"))
     with pytest.raises(pytest.fail.Exception, match="drawn again"):
-        evaluate_generator(SETTINGS, *models[:2], {"new": SamplerConfig(steps=1)}, measured)
+        evaluate_maskgit(SETTINGS, *models[:2], {"new": SamplerConfig(steps=1)}, measured)
 
 
 def train_and_measure(settings, cache, folder, *arguments):
     train_maskgit(settings, cache, cache, folder)
-    evaluate_generator(*arguments)
+    evaluate_maskgit(*arguments)
 
 
 def test_two_processes_train_and_measure_as_one_does(models, measured, tmp_path):
-    samplings = {"guidance 2": SAMPLINGS["guidance 2"]}
-    arguments = (SETTINGS, *models[:2], samplings, tmp_path, ("shuffled tokens",))
+    samplers = {"guidance 2": SAMPLERS["guidance 2"]}
+    arguments = (SETTINGS, *models[:2], samplers, tmp_path, ("shuffled tokens",))
     (tokens,) = measured.glob("generated/tokens-val-*")
     cache = TokenCache.open(tokens)
     still = MaskGITSettings(steps=2, batch_size=3, width=16, depth=1, heads=2, learning_rate=0.0)
@@ -217,8 +213,8 @@ def test_two_processes_train_and_measure_as_one_does(models, measured, tmp_path)
     log_of_two, log_of_one = read_log(tmp_path / "two")[-1], read_log(tmp_path / "one")[-1]
     assert log_of_two["val_loss"] == pytest.approx(log_of_one["val_loss"], rel=1e-5)  # each image once
     assert log_of_two["loss"] != log_of_one["loss"]  # the first process's images alone
-    two, _ = read_generated(*arguments)
-    one = read_generated(SETTINGS, *models[:2], samplings, measured, ("shuffled tokens",))[0]
+    two, _ = read_generation_results(*arguments)
+    one = read_generation_results(SETTINGS, *models[:2], samplers, measured, ("shuffled tokens",))[0]
     for ours, theirs in zip(two, one, strict=True):
         assert ours["samples"] == theirs["samples"] == 12
         for name in ("fd_effnet", "precision", "recall", "class_accuracy", "nearest_train", "copies"):
@@ -228,9 +224,9 @@ def test_two_processes_train_and_measure_as_one_does(models, measured, tmp_path)
 
 def test_captions_are_asked_for(models, tmp_path):
     settings = dataclasses.replace(SETTINGS, samples=6, train_limit=0)
-    samplings = {"plain": SamplerConfig(steps=1, guidance=1.0)}
-    evaluate_generator(settings, models[2], models[1], samplings, tmp_path)  # no baseline needs the whole training set
-    (*baselines, row), _ = read_generated(settings, models[2], models[1], samplings, tmp_path)
+    samplers = {"plain": SamplerConfig(steps=1, guidance=1.0)}
+    evaluate_maskgit(settings, models[2], models[1], samplers, tmp_path)  # no baseline needs the whole training set
+    (*baselines, row), _ = read_generation_results(settings, models[2], models[1], samplers, tmp_path)
     assert [baseline["samples"] for baseline in baselines] == [12, 6, 6, 6, 6, 6]
     assert row["samples"] == 6
     assert "class_accuracy" not in row
@@ -241,8 +237,10 @@ def test_captions_are_asked_for(models, tmp_path):
 
 def test_against_training_images(models, tmp_path):
     settings = dataclasses.replace(SETTINGS, reference="train", val_limit=8)
-    evaluate_generator(settings, None, models[1], {}, tmp_path, ("validation images", "training images"))
-    rows, protocol = read_generated(settings, None, models[1], {}, tmp_path, ("validation images", "training images"))
+    evaluate_maskgit(settings, None, models[1], {}, tmp_path, ("validation images", "training images"))
+    rows, protocol = read_generation_results(
+        settings, None, models[1], {}, tmp_path, ("validation images", "training images")
+    )
     assert rows[0]["fd_effnet"] > 0
     assert "24 training images" in protocol["recall"]
     with pytest.raises(ValueError, match="'val', or 'train' with training images"):
@@ -254,10 +252,12 @@ def test_another_tokenizers_generator_and_bad_names_are_refused(models, tmp_path
     other = CodaTokenizer(load_vae("emoji"), ResidualNearestQuantizer(16, 32, SCALES))
     other.save_pretrained(tmp_path / "other", base="emoji")
     with pytest.raises(CacheMismatch, match=tokenizer_hash(other)):
-        evaluate_generator(SETTINGS, models[0], str(tmp_path / "other"), SAMPLINGS, tmp_path)
-    with pytest.raises(ValueError, match="baseline 'noise' got, expected some of validation images"):
-        evaluate_generator(SETTINGS, *models[:2], SAMPLINGS, tmp_path, ("noise",))
+        evaluate_maskgit(SETTINGS, models[0], str(tmp_path / "other"), SAMPLERS, tmp_path)
+    with pytest.raises(ValueError, match=r"expected baselines of validation images, .*, got 'noise'"):
+        evaluate_maskgit(SETTINGS, *models[:2], SAMPLERS, tmp_path, ("noise",))
+    with pytest.raises(ValueError, match="expected a MaskGIT to sample from by guidance 0"):
+        evaluate_maskgit(SETTINGS, None, models[1], SAMPLERS, tmp_path)
     with pytest.raises(ValueError, match="give it another name"):
-        evaluate_generator(SETTINGS, *models[:2], {"tokenizer": SamplerConfig()}, tmp_path)
-    with pytest.raises(ValueError, match="samples is 1"):
+        evaluate_maskgit(SETTINGS, *models[:2], {"tokenizer": SamplerConfig()}, tmp_path)
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         dataclasses.replace(SETTINGS, samples=1)

@@ -12,10 +12,9 @@ from codalib.evaluation.reconstruction import (
     EvaluationSettings,
     evaluate_levels,
     evaluate_models,
-    file_stamps,
-    measured_file,
-    read_measured,
+    read_reconstruction_results,
 )
+from codalib.evaluation.results import fingerprint, result_file
 from codalib.models.checkpoints import check_models, find_model, load_vae, present_models
 from codalib.models.tokenizer import CodaTokenizer
 
@@ -32,7 +31,7 @@ def alone(tmp_path_factory):
 
 
 def test_each_model_has_a_row_and_each_number_its_protocol(alone):
-    rows, protocol = read_measured(SETTINGS, MODELS, alone)
+    rows, protocol = read_reconstruction_results(SETTINGS, MODELS, alone)
     assert [row["method"] for row in rows] == list(MODELS)
     assert [row["images"] for row in rows] == [7, 7]
     assert [row["ratio"] for row in rows] == [8, 8]
@@ -51,14 +50,14 @@ def test_the_numbers_are_those_of_the_images_one_by_one(alone):
         picture = images[i]["image"][None]
         with torch.no_grad():
             expected.append(psnr(picture, vae(picture, generator=torch.Generator().manual_seed(i))))
-    assert read_measured(SETTINGS, MODELS, alone)[0][0]["psnr"] == pytest.approx(
+    assert read_reconstruction_results(SETTINGS, MODELS, alone)[0][0]["psnr"] == pytest.approx(
         torch.cat(expected).mean().item(), 1e-4
     )
 
 
 def test_two_processes_count_no_image_twice(alone, tmp_path):
     launch(evaluate_models, 2, SETTINGS, VAES, TOKENIZERS, tmp_path)
-    shared, whole = (read_measured(SETTINGS, MODELS, folder)[0] for folder in (tmp_path, alone))
+    shared, whole = (read_reconstruction_results(SETTINGS, MODELS, folder)[0] for folder in (tmp_path, alone))
     for ours, theirs in zip(shared, whole, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
@@ -79,11 +78,11 @@ def test_a_measured_model_is_not_measured_again_until_something_changes(alone, m
 def test_a_changed_tokenizer_is_another_result(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     CodaTokenizer.from_pretrained("emoji").save_pretrained(tmp_path / "mine", base="emoji")
-    before = measured_file(tmp_path, "mine", "mine", SETTINGS)
+    before = result_file(tmp_path, "mine", SETTINGS, ["mine"])
     assert find_model("mine") == str(tmp_path / "mine")
     config = tmp_path / "mine" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text())))
-    assert measured_file(tmp_path, "mine", "mine", SETTINGS) != before
+    assert result_file(tmp_path, "mine", SETTINGS, ["mine"]) != before
 
 
 def test_every_odd_picture_of_a_thousand_classes_is_measured(tmp_path):
@@ -102,7 +101,7 @@ def test_every_odd_picture_of_a_thousand_classes_is_measured(tmp_path):
     broken.write_bytes(broken.read_bytes()[:40])
     settings = EvaluationSettings(f"imagefolder:{tmp_path}", 64, batch_size=50, frechet=None, perceptual=None)
     evaluate_models(settings, {}, TOKENIZERS, tmp_path / "out")
-    rows, _ = read_measured(settings, TOKENIZERS, tmp_path / "out")
+    rows, _ = read_reconstruction_results(settings, TOKENIZERS, tmp_path / "out")
     assert rows[0]["images"] == 99
     assert np.isfinite(rows[0]["psnr"])
 
@@ -132,7 +131,7 @@ def test_wrong_models_are_one_sentence():
 
 
 def test_the_files_behind_an_embedded_name_are_those_of_the_tokenizer_and_of_its_vae():
-    names = {part[0] for part in file_stamps("emoji") if isinstance(part, tuple)}
+    names = {part[0] for part in fingerprint("emoji") if isinstance(part, tuple)}
     assert {"quantizer.safetensors", "diffusion_pytorch_model.safetensors"} <= names
 
 
@@ -144,5 +143,5 @@ def test_the_levels_together_are_the_whole(tmp_path):
         assert found[-1][name] == pytest.approx(whole[name], rel=1e-4)
     errors = [row["quantization_error"] for row in found]
     assert errors == sorted(errors, reverse=True)
-    with pytest.raises(ValueError, match="1 sets of measures got, expected 10"):
+    with pytest.raises(ValueError, match="expected 10 sets of metrics, one a level, got 1"):
         evaluate_levels(model, images, [ReconstructionMetrics(frechet=None)], batch_size=7)

@@ -3,21 +3,16 @@ import json
 import pytest
 
 from codalib.base.paths import runs_folder
-from codalib.experiments.ablation import BEST, PAPER
+from codalib.experiments.sweeps import BEST, PAPER, VARIANTS, write_rows
 from codalib.experiments.variants import (
     baseline_curves,
     baseline_rows,
     baseline_tokenizers,
-    check_trials,
-    generator_rows,
     pixel_error,
     steps_to_reach,
     table_4_rows,
     tokenizer_variants,
-    tried,
     variant_row,
-    write_generators,
-    write_variants,
 )
 from codalib.training.settings import TokenizerSettings
 
@@ -37,7 +32,7 @@ def test_each_variant_differs_from_the_base_in_one_thing():
     for name, own in variants.items():
         differs = [field for field, value in vars(own).items() if value != getattr(SETTINGS, field)]
         assert len(differs) == (name != "base")
-    with pytest.raises(ValueError, match="codebook_size 64 is asked for as a variant"):
+    with pytest.raises(ValueError, match="expected codebook_size other than the base's as a variant, got 64"):
         tokenizer_variants(SETTINGS, [], [64], [])
 
 
@@ -46,7 +41,7 @@ def test_the_base_stands_in_each_table_and_a_variant_in_its_own(tmp_path, monkey
     variants = tokenizer_variants(SETTINGS, ["decoder"], [256], [None])
     rows = [variant_row(name, own, f"{name}/tokenizer") for name, own in variants.items()]
     settings = [[BEST, PAPER], [BEST], [BEST], []]  # of the base, the decoder, 256 codes and no norm
-    write_variants([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x")
+    write_rows([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x", VARIANTS)
     found = [(row["table"], row["method"], row["setting"]) for row in table_4_rows("x")]
     best = [("4a", "both"), ("4a", "decoder"), ("4b", "64"), ("4b", "256"), ("4c", "rms")]
     assert found == [(*row, BEST) for row in best] + [(*row, PAPER) for row in (best[0], best[2], best[4])]
@@ -72,8 +67,8 @@ def test_baselines_have_a_quantizer_of_their_own_and_the_same_decoder_adapters()
     assert found["VQGAN-style"].adapters == "scratch"
     for name in ("CODA, decoder adapted", "VQ", "Residual VQ", "FSQ"):
         assert (found[name].adapters, found[name].rank, found[name].steps) == ("decoder", settings.rank, 5)
-    assert [own.build_quantizer(16).tokens for own in found.values()] == [69, 69, 64, 64, 192, 192]
-    with pytest.raises(ValueError, match="expected some of rvq, rotation"):
+    assert [own.build_quantizer(16).num_tokens for own in found.values()] == [69, 69, 64, 64, 192, 192]
+    with pytest.raises(ValueError, match="expected baselines of rvq, rotation"):
         baseline_tokenizers(settings, ["pq"], levels=3, longer=6)
 
 
@@ -95,7 +90,7 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
     common |= {"operations_a_step": 1e15, "learning_rate": 0.1}
     settings = {"a": [], "b": [BEST], "c": [PAPER]}
     rows = [common | {"tokenizer": f"{name}/tokenizer", "settings": own} for name, own in settings.items()]
-    write_variants(rows, tmp_path / "x")
+    write_rows(rows, tmp_path / "x", VARIANTS)
     (tmp_path / "x/b").mkdir()
     lines = [{"step": 1, "l1": 1.0}, {"step": 2, "l1": 1.0, "val_psnr": 9.0}, {"step": 4, "l1": 1.0, "val_psnr": 11.0}]
     (tmp_path / "x/b/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -111,41 +106,6 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
     assert [row["method"] for row in baseline_rows(None)] == ["CODA"]
 
 
-def test_every_rate_is_tried_once_and_two_are_trained_with_every_seed():
-    trained = []
-
-    def train(rate, seed):
-        trained.append((rate, seed))
-        return {"learning_rate": rate, "seed": seed, "error": abs(rate - 0.01) + (9 if seed else 0)}
-
-    rows = tried(train, [0.1, 0.01, 0.001], [0, 1, 2], "error", paper=0.001)
-    assert trained == [(0.1, 0), (0.01, 0), (0.001, 0), (0.01, 1), (0.01, 2), (0.001, 1), (0.001, 2)]
-    assert [(row["learning_rate"], row["seed"]) for row in rows] == trained
-    assert [row["settings"] for row in rows] == [[], [BEST], [PAPER], [BEST], [BEST], [PAPER], [PAPER]]
-    assert [row["settings"] for row in tried(train, [0.001], [0], "error", paper=0.001)] == [[BEST, PAPER]]
-    assert [row["settings"] for row in tried(train, [0.1, 0.01], [0], "error", paper=0.001)] == [[], [BEST]]
-
-
-def test_trials_that_cannot_be_are_refused_before_any_work():
-    check_trials([0.1, 0.01], [0, 1])
-    for rates in ([], [0.1, -0.01]):
-        with pytest.raises(ValueError, match=r"learning_rates is \[.*expected one or more, all above 0"):
-            check_trials(rates, [0])
-    for seeds in ([], [1, 1]):
-        with pytest.raises(ValueError, match=r"seeds is \[.*expected one or more, all different"):
-            check_trials([0.1], seeds)
-
-
 def test_trials_are_chosen_by_the_end_of_their_training():
     log = [{"l1": 9.0, "l2": 9.0}] * 18 + [{"val_psnr": 1.0}] + [{"l1": 1.0, "l2": 2.0}, {"l1": 3.0, "l2": 4.0}]
     assert pixel_error(log, SETTINGS) == pytest.approx((0.2 * 1 + 2 + 0.2 * 3 + 4) / 2)
-
-
-def test_generators_on_several_tokenizers_are_found_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
-    row = {"method": "CODA", "seed": 1, "tokenizer": "emoji", "generator": str(tmp_path / "x/coda/seed-1/generator")}
-    write_generators([row], tmp_path / "x")
-    assert json.loads((tmp_path / "x" / "generators.json").read_text())[0]["generator"] == "coda/seed-1/generator"
-    assert generator_rows("x") == [row]
-    with pytest.raises(ValueError, match="the folder of 02_compare_tokenizers"):
-        generator_rows("y")
