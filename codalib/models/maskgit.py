@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codalib.base.files import write_json
-from codalib.base.paths import DATA
+from codalib.base.paths import DATA, embedded
 from codalib.kernels.cross_entropy import linear_cross_entropy
 
 # width, depth, heads. L is the paper's: 195M with 16,384 codes. The paper gives no size for S: this is the width and
@@ -371,7 +371,8 @@ class MaskGIT(nn.Module):
 
         Raises ValueError where there is no model, or weights that do not fit its settings.
         """
-        path = EMBEDDED_GENERATORS.get(str(folder), Path(folder).expanduser())
+        known = EMBEDDED_GENERATORS.get(str(folder))
+        path = embedded(known) if known else Path(folder).expanduser()
         if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
             raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
         config, state = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codalib.base.files import write_json
-from codalib.base.paths import DATA
+from codalib.base.paths import DATA, embedded
 from codalib.models.library_quantizers import LibraryQuantizer
 from codalib.models.quantizer import ResidualQuantizer, quantizer_from_config
 from codalib.models.tokens import Tokens
@@ -133,7 +133,8 @@ class CodaTokenizer(nn.Module):
         Raises:
             ValueError: no tokenizer there, or parts that do not fit; the message says which.
         """
-        folder = EMBEDDED_TOKENIZERS.get(str(folder), Path(folder))
+        name = str(folder)
+        folder = embedded(EMBEDDED_TOKENIZERS[name]) if name in EMBEDDED_TOKENIZERS else Path(folder)
         if not (folder / CONFIG).exists():
             raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by CodaTokenizer.save_pretrained")
         config = json.loads((folder / CONFIG).read_text())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codalib.base.files import write_json
-from codalib.base.paths import DATA
+from codalib.base.paths import DATA, embedded
 from codalib.pretrained.registry import MissingWeights, find_weights
 from codalib.pretrained.vae_layouts import CONFIGS, build_autoencoder, read_state
 
@@ -114,7 +114,7 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
     Raises:
         ValueError: nothing loadable under that name; the message says what was looked for.
     """
-    source = EMOJI_VAE if name == "emoji" else name
+    source = embedded(EMOJI_VAE) if name == "emoji" else name
     if name in PUBLISHED_VAES:
         try:
             source = find_weights(str(name))
@@ -127,10 +127,6 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
     if is_local and not (folder / "config.json").exists():
         raise ValueError(
             f"{folder} holds no config.json: expected a folder written by diffusers' AutoencoderKL.save_pretrained"
-        )
-    if name == "emoji" and not is_local:
-        raise ValueError(
-            f"{EMOJI_VAE} is missing: restore it from the repository or train it with notebooks/00_pretrain_vae.ipynb"
         )
     if not is_local and subfolder is None and len(parts := str(source).split("/")) > 2:
         source, subfolder = "/".join(parts[:2]), "/".join(parts[2:])

@@ -106,10 +106,15 @@ def number(value: Any, share: bool = False, spread: Any = None) -> str:
     return f"{text} ± {100 * spread if share else spread:.2g}{unit}"
 
 
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A table of texts in Markdown's pipe form."""
+def markdown_table(frame: pd.DataFrame, aligned: bool = False) -> str:
+    """A table of texts in Markdown's pipe form; ALIGNED pads its cells for a terminal."""
     lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(re.sub(r"([|])", r"\\\1", cell) for cell in line) + " |" for line in lines)
+    lines = [[re.sub(r"([|])", r"\\\1", cell) for cell in line] for line in lines]
+    if aligned:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines[1] = ["-" * width for width in widths]
+        lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def prose(frame: pd.DataFrame) -> Any:

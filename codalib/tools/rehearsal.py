@@ -1,6 +1,6 @@
 """Rehearse a profile's tokenizer training before a GPU is paid for: `codalib rehearse --profile PROFILE`.
 
-The very notebook's settings and the very training code run on the real architectures, with seeded random weights where
+The notebook's own settings and the training code itself run on the real architectures, with seeded random weights where
 the real ones are not on this machine: a step, a checkpoint, an interruption, a resume, a second step, an evaluation, a
 save and a load. What is counted on the way (parameters, memory, floating-point operations) is what the real run will
 have, and what it implies for a GPU is printed.
@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from codalib.base.files import read_json, write_json
+from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.paths import project_folder
 from codalib.base.processes import launch
 from codalib.datasets.images import DataError, ImageDataset
@@ -58,7 +58,7 @@ UTILISATION = 0.25  # of them in use: an assumption, ordinary for convolutions o
 
 # What autocast to bfloat16 keeps for the backward pass over what float32 keeps, in the layers of both published VAEs:
 # on GPUs it computes group norms in float32, so that their inputs are kept in both precisions.
-AUTOCAST_SHARE = 1.1
+AUTOCAST_FACTOR = 1.1
 
 
 class Interruption(Exception):
@@ -66,19 +66,19 @@ class Interruption(Exception):
 
 
 class RandomImages(ImageDataset):
-    """Seeded noise in place of photographs; counts the images that it hands out, and breaks off after some."""
+    """Seeded noise in place of photographs; counts the images that it hands out, and stops after some."""
 
     def __init__(self, resolution: int, seed: int, name: str, count: int = IMAGES):
         super().__init__([], ["noise"], resolution, False, name)
         self.seed, self.count = seed, count
-        self.handed_out, self.break_off_after = 0, None
+        self.handed_out, self.interrupt_after = 0, None
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index = key[0] if isinstance(key, tuple) else key
-        if self.handed_out == self.break_off_after:
+        if self.handed_out == self.interrupt_after:
             raise Interruption
         self.handed_out += 1
         generator = torch.Generator().manual_seed(self.seed + index)
@@ -140,13 +140,13 @@ def rehearse(
     utilisation: float = UTILISATION,
     parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Rehearse PROFILE and return what was found, which is also written to runs/PROFILE/rehearsal/rehearsal.json.
+    """Rehearse PROFILE and return what was found, also written to runs/PROFILE/rehearsal/ (rehearsal.json, and .md).
 
     Args:
         profile: a name in profiles/.
         batch: images a step.
         tflops: of the GPUs to reckon with, 10^12 operations a second.
-        utilisation: the share of that in use, in (0, 1].
+        utilisation: the fraction of that in use, in (0, 1].
         parameters: in place of the profile's.
     Raises:
         StageError, ValueError: unknown profile, wrong parameters, or a VAE that is not here and not one of the paper's.
@@ -196,6 +196,8 @@ def rehearse(
     manifest = run.finish({"metrics": metrics})
     found |= {name: manifest[name] for name in ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "machine")}
     write_json(run.folder / "rehearsal.json", found)
+    with atomic_write(run.folder / "rehearsal.md") as file:
+        file.write(page(found) + "\n")
     return found
 
 
@@ -203,14 +205,14 @@ def _two_steps(
     settings: TokenizerSettings, base: str, channels: int, train: RandomImages, val: RandomImages, work: Path
 ) -> dict[str, Any]:
     """Train one step, break off, resume, train the second, evaluate, save; returns what was counted and checked."""
-    train.break_off_after = settings.batch_size
+    train.interrupt_after = settings.batch_size
     with count_operations() as operations, KeptForBackward() as kept:
         try:
             launch(train_and_save, 1, settings, base, train, val, work)
         except Interruption:
-            log.info("the first step is done and saved; the rehearsal breaks off here and starts again")
+            log.info("the first step is done and saved; the rehearsal is interrupted here and starts again")
     first, (checkpoint,) = read_log(work), sorted(work.glob("checkpoints/*/step-*"))
-    train.break_off_after = None
+    train.interrupt_after = None
     launch(train_and_save, 1, settings, base, train, val, work)
     rows, state = read_log(work), read_json(checkpoint / "state.json")
     terms = [{name: value for name, value in row.items() if name not in ("step", "seconds", "rate")} for row in rows]
@@ -294,7 +296,7 @@ def forecast(
         for rate in tflops
     ]
     in_bfloat16 = parameters["precision"] != "float32" and found["precision"] == "float32"
-    kept = found["kept_for_backward"] * (AUTOCAST_SHARE if in_bfloat16 else 1)
+    kept = found["kept_for_backward"] * (AUTOCAST_FACTOR if in_bfloat16 else 1)
     # In float32: all weights; and of the trained ones the gradient, AdamW's two moments and the average.
     weights = 4 * sum(row["parameters"] + 4 * row["trained"] for row in found["parameters"])
     return {
@@ -316,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", required=True, help="a name in profiles/")
     parser.add_argument("--batch", type=int, default=1, help="images a step (1)")
     parser.add_argument("--tflops", type=float, nargs="+", default=TFLOPS, help="of the GPUs to reckon with (312 989)")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of that in use (0.25)")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="fraction of that in use (0.25)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
