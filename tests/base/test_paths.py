@@ -14,9 +14,7 @@ from codalib.models.checkpoints import load_tokenizer
 from codalib.workflow import profiles
 from codalib.workflow.execute import execute
 
-SENTENCE = (
-    "is not here: data/, notebooks/ and profiles/ come with the repository.* set CODALIB_DATA to its folder data/$"
-)
+SENTENCE = "is not here: data/, notebooks/ and profiles/ come with the repository.* set CODALIB_DATA to"
 
 
 def test_embedded_data_that_are_not_here_say_how_to_get_them(tmp_path, monkeypatch):
