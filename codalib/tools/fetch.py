@@ -1,8 +1,8 @@
 """Download pretrained networks into the weights folder: `codalib fetch --profile PROFILE`, or `... NAME ...`.
 
 A file that is here is checked against the SHA-256 kept when it came (checksums.json, in the weights folder) or the
-digits in its name; one on its way from the Hugging Face Hub against the Hub's. huggingface_hub says where the Hub's files
-lie and what they are; it would begin an interrupted file anew, so `download` carries every file and continues
+digits in its name; one on its way from the Hugging Face Hub against the Hub's. huggingface_hub says where the Hub's
+files lie and what they are; it would begin an interrupted file anew, so `download` carries every file and continues
 where it broke off. Without a network each missing file gets one sentence: where it is, where to put it.
 """
 

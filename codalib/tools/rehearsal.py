@@ -115,7 +115,7 @@ def base_vae(name: str, folder: Path, seed: int) -> tuple[str, bool]:
 def rehearsal_settings(parameters: Mapping[str, Any], batch: int) -> TokenizerSettings:
     """The profile's settings, but few steps, a small batch, and what this machine has."""
     here = torch.cuda.is_available()
-    perceptual, critic = parameters["perceptual_network"], parameters["discriminator_network"]
+    perceptual, discriminator = parameters["perceptual_network"], parameters["discriminator_network"]
     return replace(
         settings_from(TokenizerSettings, parameters),
         steps=STEPS,
@@ -129,7 +129,7 @@ def rehearsal_settings(parameters: Mapping[str, Any], batch: int) -> TokenizerSe
         precision=parameters["precision"] if here else "float32",
         backend="auto" if here else "tiled",  # compiled code would hide its operations from the count
         perceptual_network="auto" if perceptual == "perceptual_vgg" and not has_weights("vgg16_lpips") else perceptual,
-        discriminator_network="auto" if critic == "dino" and not has_weights("dino_vits16") else critic,
+        discriminator_network="auto" if discriminator == "dino" and not has_weights("dino_vits16") else discriminator,
     )
 
 
@@ -175,8 +175,8 @@ def rehearse(
         tokenizer = CodaTokenizer.from_pretrained(work / "tokenizer", backend=settings.backend)
         found["checks"]["loads again and encodes"] = _encodes(tokenizer, val)
         perceptual = build_perceptual(settings.perceptual_network, settings.perceptual_weight)
-        critic = build_discriminator(settings.discriminator_network, settings.adversarial_weight)
-        found["parameters"] = count_parameters(tokenizer, perceptual, critic)
+        discriminator = build_discriminator(settings.discriminator_network, settings.adversarial_weight)
+        found["parameters"] = count_parameters(tokenizer, perceptual, discriminator)
         found["latents"] = [channels, side, side]
         found["tokens"] = tokenizer.num_tokens
     finally:
@@ -185,7 +185,7 @@ def rehearse(
         "profile": profile,
         "vae": parameters["vae"],
         "random_weights": [parameters["vae"]] if is_random else [],
-        "stand_ins": _stand_ins(parameters, perceptual, critic),
+        "stand_ins": _stand_ins(parameters, perceptual, discriminator),
         "changes": _changes(parameters, settings),
         "missing": _missing(profile, parameters),
         "batch": batch,
@@ -251,13 +251,18 @@ def _encodes(tokenizer: CodaTokenizer, images: ImageDataset) -> bool:
     return decoded.shape == batch.shape and bool(decoded.isfinite().all())
 
 
-def _stand_ins(parameters: Mapping[str, Any], perceptual: nn.Module | None, critic: nn.Module | None) -> dict[str, str]:
+def _stand_ins(
+    parameters: Mapping[str, Any], perceptual: nn.Module | None, discriminator: nn.Module | None
+) -> dict[str, str]:
     """Network of the profile -> network that stood in for it."""
     rows = {}
     if perceptual is not None and parameters["perceptual_network"] not in ("auto", perceptual.name):
         rows[parameters["perceptual_network"]] = perceptual.name
-    if critic is not None and parameters["discriminator_network"] not in ("auto", critic.name.split("_")[1]):
-        rows[f"discriminator_{parameters['discriminator_network']}"] = critic.name
+    if discriminator is not None and parameters["discriminator_network"] not in (
+        "auto",
+        discriminator.name.split("_")[1],
+    ):
+        rows[f"discriminator_{parameters['discriminator_network']}"] = discriminator.name
     return rows
 
 

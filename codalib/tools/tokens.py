@@ -28,9 +28,7 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", help='"emoji", imagefolder:PATH, folder:PATH or coco:PATH')
     parser.add_argument("--split", choices=SPLITS, default="train", help="of the data set (train)")
     parser.add_argument("--limit", type=positive, help="images, evenly spread (all)")
-    parser.add_argument(
-        "--views", type=positive, default=1, help="encodings of an image, each with new noise (1)"
-    )
+    parser.add_argument("--views", type=positive, default=1, help="encodings of an image, each with new noise (1)")
     parser.add_argument("--processes", type=positive, default=1, help="on this machine, one a GPU (1)")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise (0)")
