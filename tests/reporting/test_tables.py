@@ -104,12 +104,12 @@ def test_labels_tell_the_papers_columns_apart():
         (65536, {}, "65,536"),
         (3.0, {}, "3"),
         (-1.23612, {}, "-1.24"),
-        (0.051, {"share": True}, "5.1 %"),
-        (1.0, {"share": True}, "100 %"),
+        (0.051, {"fraction": True}, "5.1 %"),
+        (1.0, {"fraction": True}, "100 %"),
         (22.2, {"spread": 0.314}, "22.2 ± 0.31"),
-        (0.5, {"share": True, "spread": 0.01}, "50 ± 1 %"),
+        (0.5, {"fraction": True, "spread": 0.01}, "50 ± 1 %"),
         (None, {}, ""),
-        (math.nan, {"share": True}, ""),
+        (math.nan, {"fraction": True}, ""),
         (np.bool_(True), {}, "yes"),
         ("attention", {}, "attention"),
         (0, {}, "0"),
@@ -176,7 +176,7 @@ def test_verdicts_are_shown_whole_without_empty_columns():
 
 def test_an_aligned_markdown_table_has_columns_of_one_width():
     lines = markdown_table(pd.DataFrame({"name": ["a", "long"], "n": ["1", ""]}), aligned=True).splitlines()
-    assert lines == ["| name | n |", "| ---- | - |", "| a    | 1 |", "| long |   |"]
+    assert lines == ["| name | n   |", "| ---- | --- |", "| a    | 1   |", "| long |     |"]
 
 
 def test_html_tables_escape_text_and_mark_gaps():
