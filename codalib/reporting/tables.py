@@ -149,11 +149,11 @@ def html_table(frame: pd.DataFrame, prose: Sequence[str] = (), markup: Sequence[
     """
     kinds = [_kind(frame[name], name in prose) for name in frame.columns]
     names = list(zip(frame.columns, kinds, strict=True))
-    head = "".join(f'<th class="{kind}" scope="col">{html.escape(str(name))}</th>' for name, kind in names)
+    head = "".join(f'<th{kind} scope="col">{html.escape(str(name))}</th>' for name, kind in names)
     rows = []
     for row in frame.itertuples(index=False):
         cells = zip(names, row, strict=True)
-        texts = (f'<td class="{kind}">{_cell(cell, name in markup)}</td>' for (name, kind), cell in cells)
+        texts = (f"<td{kind}>{_cell(cell, name in markup)}</td>" for (name, kind), cell in cells)
         rows.append(f"<tr>{''.join(texts)}</tr>")
     body = "\n".join(rows)
     return (
@@ -163,10 +163,11 @@ def html_table(frame: pd.DataFrame, prose: Sequence[str] = (), markup: Sequence[
 
 
 def _kind(column: pd.Series, prose: bool) -> str:
+    """The CSS class of a column, as an attribute; numbers need none."""
     if prose:
-        return "prose"
+        return ' class="prose"'
     numbers = column.dropna().map(lambda cell: bool(re.match(r"^[-\u2212+]?[\d.,]+\s?\S{0,3}$", str(cell))))
-    return "" if len(numbers) and numbers.all() else "text"
+    return "" if len(numbers) and numbers.all() else ' class="text"'
 
 
 def _cell(cell: object, markup: bool) -> str:

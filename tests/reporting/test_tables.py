@@ -186,4 +186,4 @@ def test_html_tables_escape_text_and_mark_gaps():
     assert rows[0][0] == "<b>"
     assert rows[1][:2] == ["a & b", "–"]  # noqa: RUF001
     assert soup.find("a")["href"] == "x"
-    assert [head.get("class") for head in soup.find_all("th")] == [["text"], [], ["prose"]]
+    assert [head.get("class") for head in soup.find_all("th")] == [["text"], None, ["prose"]]
