@@ -4,7 +4,24 @@ import os
 from pathlib import Path
 
 MANIFEST = "manifest.json"  # in the folder of a run
-DATA = Path(__file__).resolve().parents[2] / "data"  # what comes with the kit
+DATA = Path(os.environ.get("CODALIB_DATA") or Path(__file__).resolve().parents[2] / "data")  # the embedded data
+
+
+class MissingPart(ValueError):
+    """A part of the repository that an installed package does not carry; one sentence says how to get it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} is not here: data/, notebooks/ and profiles/ come with the repository, not with the package, so "
+            "clone it and run inside the clone, or set CODALIB_DATA to its folder data/"
+        )
+
+
+def embedded(path: Path) -> Path:
+    """PATH of the embedded data; MissingPart where it is not there."""
+    if not path.exists():
+        raise MissingPart(path)
+    return path
 
 
 def project_folder() -> Path:

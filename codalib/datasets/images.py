@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from codalib.base.paths import DATA
+from codalib.base.paths import DATA, embedded
 
 log = logging.getLogger(__name__)
 
@@ -199,9 +199,7 @@ def load_dataset(
 
 
 def _emoji(split: str) -> tuple[list[Item], list[str]]:
-    path = EMOJI_FOLDER / f"{split}.parquet"
-    if not path.exists():
-        raise DataError(f"{path} is missing: restore it from the repository or run python data/build_emoji.py")
+    path = embedded(EMOJI_FOLDER / f"{split}.parquet")
     classes = json.loads((EMOJI_FOLDER / "summary.json").read_text())["classes"]
     rows = pq.read_table(path, columns=["image", "label", "caption", "style", "concept"]).to_pylist()
     names = (f"emoji/{split}/{i} ({row['caption']}, {row['style']})" for i, row in enumerate(rows))

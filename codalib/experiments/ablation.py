@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from codalib.base.files import read_json, write_json
-from codalib.base.paths import DATA
+from codalib.base.paths import DATA, embedded
 from codalib.evaluation.latents import latent_scores
 from codalib.experiments.paper import TABLE_1
 from codalib.experiments.sweeps import BEST, PAPER, sweep
@@ -192,7 +192,8 @@ def load_trials(folder: str | Path) -> tuple[list[Trial], str]:
 
     Raises ValueError where there are none.
     """
-    folder = EMBEDDED_QUANTIZERS.get(str(folder), Path(folder))
+    known = EMBEDDED_QUANTIZERS.get(str(folder))
+    folder = embedded(known) if known else Path(folder)
     if not (folder / TRIALS).exists():
         raise ValueError(
             f"expected a folder that the notebook 01_fit_quantizers wrote, got {folder}, which holds no {TRIALS}"

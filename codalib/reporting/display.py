@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+
+from codalib.reporting.tables import html_table, number
 
 TILE = 56  # pixels of a picture in a strip
 SHOWN_CODES = 16  # in a tokenizer's strip
@@ -53,19 +56,13 @@ def strip(images: Sequence[str]) -> str:
     return f'<div style="line-height:0">{"".join(images)}</div>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain table; cells that are not text stand as they are, a cell that begins with "<" is HTML already."""
-
-    def cell(value: Any) -> str:
-        return f"<td>{value if str(value).startswith('<') else html.escape(str(value))}</td>"
-
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], markup: Sequence[str] = ()) -> str:
+    """A plain table; MARKUP names the columns whose cells are HTML already."""
+    return html_table(pd.DataFrame(rows, columns=header), markup=markup)
 
 
 def code_colours(codes: np.ndarray) -> np.ndarray:
-    """Codes (h, w) -> (h, w, 3) uint8: a colour a code, the same everywhere; a hidden code, -1, is grey."""
+    """Codes (h, w) -> (h, w, 3) uint8: a colour a code, the same everywhere; a masked code, -1, is grey."""
     hue = np.round((codes.astype(np.float64) * GOLDEN % 1) * 255).astype(np.uint8)
     saturation = np.where(codes < 0, 0, 150).astype(np.uint8)
     value = np.where(codes < 0, 225, 215 - 70 * (codes % 3 == 1)).astype(np.uint8)
@@ -77,25 +74,21 @@ def token_map(level: Tensor, side: int = TILE) -> bytes:
     return png(code_colours(level.cpu().numpy()), side)
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def tokens_html(tokens: Any) -> str:
     """The levels of `Tokens` as a table: grid, tokens and bits an image, codes in use; and the first image's maps."""
     rows, bits = [], 0.0
-    for number, (level, used) in enumerate(zip(tokens, tokens.used, strict=True), start=1):
+    for place, (level, used) in enumerate(zip(tokens, tokens.used, strict=True), start=1):
         p = level.shape[-1]
         bits += p * p * tokens.bits_a_token
-        rows.append((number, f"{p} x {p}", p * p, f"{bits:,.0f}", f"{used:,}"))
+        rows.append((place, f"{p} x {p}", p * p, f"{bits:,.0f}", f"{used:,}"))
     images = f"{tokens.images} image" + "s" * (tokens.images != 1)
     head = (
         f"<b>Tokens</b> of {images}: {len(tokens)} levels, {tokens.per_image:,} tokens and {bits:,.0f} bits an image, "
         f"codes 0 to {tokens.codebook_size - 1:,}, {tokens.utilization:.1%} of them in use here"
     )
     maps = [
-        picture(token_map(level[0]), f"level {number}: {level.shape[-1]} x {level.shape[-1]} codes")
-        for number, level in list(enumerate(tokens, start=1))[:SHOWN_MAPS]
+        picture(token_map(level[0]), f"level {place}: {level.shape[-1]} x {level.shape[-1]} codes")
+        for place, level in list(enumerate(tokens, start=1))[:SHOWN_MAPS]
     ]
     return f"<div>{head}{strip(maps)}{table(['level', 'grid', 'tokens', 'bits so far', 'different codes'], rows)}</div>"
 
@@ -108,9 +101,9 @@ def tokenizer_html(tokenizer: Any) -> str:
     adapters = sum(p.numel() for name, p in vae.named_parameters() if "lora" in name)
     in_vae = sum(p.numel() for p in vae.parameters()) - adapters
     rows = [
-        ("VAE", f"{vae.downsampling}x, {vae.latent_channels} latent channels", _number(in_vae)),
-        ("adapters", "LoRA on its convolutions" if adapters else "none", _number(adapters)),
-        ("quantizer", quantizer.kind, _number(sum(p.numel() for p in quantizer.parameters()))),
+        ("VAE", f"{vae.downsampling}x, {vae.latent_channels} latent channels", number(in_vae)),
+        ("adapters", "LoRA on its convolutions" if adapters else "none", number(adapters)),
+        ("quantizer", quantizer.kind, number(sum(p.numel() for p in quantizer.parameters()))),
     ]
     head = (
         f"<b>CodaTokenizer</b>: images (B, 3, {side}, {side}) to {len(quantizer.scales)} levels of sides "
@@ -123,8 +116,8 @@ def tokenizer_html(tokenizer: Any) -> str:
         values = quantizer.code_values[:SHOWN_CODES]
         grid = values[:, :, None, None].expand(-1, -1, 4, 4)  # the smallest that shows the colour off the edges
         codes = [
-            picture(png(to_bytes(image)), f"code {number}, alone on a whole grid")
-            for number, image in enumerate(vae.decode(grid))
+            picture(png(to_bytes(image)), f"code {code}, alone on a whole grid")
+            for code, image in enumerate(vae.decode(grid))
         ]
         body += f"the first {len(codes)} codes, each alone on a whole grid{strip(codes)}"
     return f"<div>{body}</div>"
@@ -139,10 +132,10 @@ def log_html(rows: Sequence[Mapping[str, float]]) -> str:
     for name in names:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         values = [value for _, value in points]
-        lines.append((name, *map(_number, (values[0], min(values), max(values), values[-1])), _spark(points, name)))
+        lines.append((name, *map(number, (values[0], min(values), max(values), values[-1])), _spark(points, name)))
     steps, seconds = rows[-1]["step"], rows[-1].get("seconds", math.nan)
     head = f"<b>Training log</b>: {steps:,} steps in {seconds:,.0f} s, {seconds / steps:.2g} s a step, {len(rows)} rows"
-    return f"<div>{head}{table(['term', 'first', 'lowest', 'highest', 'last', 'curve'], lines)}</div>"
+    return f"<div>{head}{table(['term', 'first', 'lowest', 'highest', 'last', 'curve'], lines, ['curve'])}</div>"
 
 
 def _spark(points: Sequence[tuple[float, float]], name: str) -> str:

@@ -85,13 +85,13 @@ class Assignment:
 
 
 def through_levels(explained: Explained, top: float, left: float) -> list[Assignment]:
-    """What each level assigns to the cell around a place, given as shares of the side from the top and from the left.
+    """What each level assigns to the cell around a place, in fractions of the side from the top and the left.
 
     The image is to be explained with two codes a position or more.
     """
     assignments = []
     for p, ranking in zip(explained.tokens.scales, explained.ranking, strict=True):
-        row, column = (min(p - 1, int(share * p)) for share in (top, left))
+        row, column = (min(p - 1, int(part * p)) for part in (top, left))
         first, second = ranking.scores[0, row, column, :2].tolist()
         assignments.append(Assignment(row, column, int(ranking.codes[0, row, column, 0]), first, second))
     return assignments
@@ -160,5 +160,5 @@ def unmask(
 
 
 def masked_cells(tokens: Sequence[Tensor]) -> list[int]:
-    """How many tokens of the first image are hidden at each level."""
+    """How many tokens of the first image are masked at each level."""
     return [int((level[0] < 0).sum()) for level in tokens]

@@ -50,7 +50,7 @@ STYLE = {
 }
 DIRECTIONS = {1: "higher is better", -1: "lower is better", 0: ""}
 WIDTH = 6.4  # inches, of a whole column
-SMOOTHING = 0.05  # share of the curve that one point of the running mean covers
+SMOOTHING = 0.05  # fraction of the curve that one point of the running mean covers
 
 
 Drawing = TypeVar("Drawing", bound=Callable[..., Figure])
@@ -83,7 +83,7 @@ def training_curves(
         found = {key: None for row in log for key, value in row.items() if isinstance(value, int | float)}
         names = [key for key in found if key not in skipped]
     if not names:
-        raise ValueError("The log holds no numbers to draw: it has no rows, or only steps.")
+        raise ValueError("expected a log with numbers to draw, got none: it has no rows, or only steps")
     columns = 2 if len(names) == 4 else min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(WIDTH, 1.7 * rows + 0.3), layout="constrained")
@@ -115,7 +115,7 @@ def reconstruction_grid(
     grids = {label: _pixels(images) for label, images in rows.items()}
     counts = {label: len(images) for label, images in grids.items()}
     if len(set(counts.values())) != 1:
-        raise ValueError(f"Each row of a grid must hold the same number of images, got {counts}.")
+        raise ValueError(f"expected the same number of images in each row of a grid, got {counts}")
     number = next(iter(counts.values()))
     label_width = 1.2
     cell = (WIDTH - label_width) / number
@@ -146,17 +146,17 @@ def _pixels(images: Any) -> np.ndarray:
 
 @styled
 def usage_per_level(usage: Mapping[str, Sequence[float]], scales: Sequence[int], codebook_size: int) -> Figure:
-    """The share of the codebook that each residual level uses, one line a method.
+    """The fraction of the codebook that each residual level uses, one line a method.
 
     Args:
-        usage: method -> share of codes used at each level, 0 to 1.
+        usage: method -> fraction of codes used at each level, 0 to 1.
         scales: side of each level's token grid.
     """
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.subplots()
-    for marker, (method, shares) in zip("osD^vPX" * len(usage), usage.items(), strict=False):
-        levels = np.arange(1, len(shares) + 1)
-        axes.plot(levels, 100 * np.asarray(shares), marker=marker, label=method, color=METHOD_COLOURS.get(method))
+    for marker, (method, fractions) in zip("osD^vPX" * len(usage), usage.items(), strict=False):
+        levels = np.arange(1, len(fractions) + 1)
+        axes.plot(levels, 100 * np.asarray(fractions), marker=marker, label=method, color=METHOD_COLOURS.get(method))
     axes.set_xticks(np.arange(1, len(scales) + 1), [f"{level}\n{p}x{p}" for level, p in enumerate(scales, 1)])
     axes.set(xlabel="residual level, and its tokens", ylabel=f"codes used (% of {codebook_size:,})", ylim=(0, 105))
     axes.legend()
@@ -165,11 +165,11 @@ def usage_per_level(usage: Mapping[str, Sequence[float]], scales: Sequence[int],
 
 @styled
 def ablation_bars(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Figure:
-    """Bars of each measure for each method, one panel a measure.
+    """Bars of each metric for each method, one panel a metric.
 
     Args:
         rows: {"method": name, column: value or list of values over seeds}; missing or None values leave a gap.
-        columns: names of measures; those of the paper's tables are spelled out, with the better direction.
+        columns: names of metrics; those of the paper's tables are spelled out, with the better direction.
     """
     width = min(WIDTH, 1.5 + 1.6 * len(columns))
     figure = Figure(figsize=(width, 0.34 * len(rows) + 0.9), layout="constrained")
@@ -205,14 +205,14 @@ def sweep_lines(
     by: Sequence[str],
     levels: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Figure:
-    """How measures change with one setting, one panel a measure, one line a combination of the other settings.
+    """How metrics change with one setting, one panel a metric, one line a combination of the other settings.
 
     Args:
-        rows: {setting: value, measure: number}.
+        rows: {setting: value, metric: number}.
         x: the setting on the horizontal axis.
-        columns: the measures.
+        columns: the metrics.
         by: the other settings; those with one value in all rows are not named in the legend.
-        levels: name -> measures to be drawn as a horizontal line, such as a baseline's.
+        levels: name -> metrics to be drawn as a horizontal line, such as a baseline's.
     """
     levels = levels or {}
     varied = [name for name in by if len({row[name] for row in rows}) > 1]
@@ -226,8 +226,8 @@ def sweep_lines(
             text = ", ".join(_setting(name, value) for name, value in zip(varied, values, strict=True))
             colour = METHOD_COLOURS.get(text)  # None: the next of the cycle
             axes.plot(*zip(*points, strict=True), marker=marker, label=text or column.replace("_", " "), color=colour)
-        for style, (name, measures) in zip(("--", ":", "-.") * len(levels), levels.items(), strict=False):
-            axes.axhline(measures[column], linestyle=style, color="#555555", linewidth=1, label=name)
+        for style, (name, values) in zip(("--", ":", "-.") * len(levels), levels.items(), strict=False):
+            axes.axhline(values[column], linestyle=style, color="#555555", linewidth=1, label=name)
         name, direction = COLUMNS.get(column, (column.replace("_", " "), 0))
         axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
         axes.set(xlabel=x.replace("_", " "))
@@ -273,10 +273,10 @@ def embedding_panels(
 
 @styled
 def confidence_curves(scores: Mapping[str, np.ndarray], units: Mapping[str, str]) -> Figure:
-    """The scores of the surest codes, one panel a method, one line a feature (Figure 5).
+    """The scores of the top codes, one panel a method, one line a feature (Figure 5).
 
     Args:
-        scores: method -> (features, codes), the surest code first.
+        scores: method -> (features, codes), the top-1 code first.
         units: method -> what its scores are.
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")

@@ -3,12 +3,10 @@
 import base64
 import html
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 import nbformat
-import pandas as pd
 from bs4 import BeautifulSoup
 from latex2mathml.converter import convert as latex_to_mathml
 from nbconvert.exporters import HTMLExporter
@@ -45,7 +43,9 @@ def mathml(formula: str, display: str) -> str:
     try:
         drawn = latex_to_mathml(formula.strip(), display=display).replace(r"\_", "_")
     except Exception as error:  # the converter raises a class of its own for each kind of fault
-        raise ValueError(f"The formula {formula.strip()!r} cannot be turned into MathML: {error!r}.") from error
+        raise ValueError(
+            f"expected a LaTeX formula, got {formula.strip()!r}, which cannot be turned into MathML: {error!r}"
+        ) from error
     # Browsers do not scroll MathML itself: what holds it scrolls, so that a long formula does not widen a phone's page.
     return f'<span class="formula">{drawn}</span>' if display == "block" else drawn
 
@@ -66,51 +66,6 @@ def figure(png: bytes | Path, caption: str, alt: str) -> str:
 def inline(text: str) -> str:
     """One line of Markdown as HTML, without the paragraph around it."""
     return re.sub(r"^<p>(.*)</p>$", r"\1", markdown(text).strip(), flags=re.DOTALL)
-
-
-def table(
-    frame: pd.DataFrame,
-    caption: str = "",
-    prose: Sequence[str] = (),
-    markup: Sequence[str] = (),
-    classes: Sequence[str] = (),
-) -> str:
-    """A table in a box that scrolls inside itself.
-
-    Args:
-        frame: cells are shown as they are, so numbers are formatted before; missing ones become a dash.
-        prose: columns of sentences, which wrap.
-        markup: columns whose cells are HTML already.
-        classes: one CSS class per row, "" for none.
-    """
-    kinds = {name: _kind(frame[name], name in prose) for name in frame.columns}
-    head = "".join(f'<th class="{kinds[name]}" scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
-    rows = []
-    for number, row in enumerate(frame.itertuples(index=False)):
-        cells = "".join(
-            f'<td class="{kinds[name]}">{_cell(cell, name in markup)}</td>'
-            for name, cell in zip(frame.columns, row, strict=True)
-        )
-        rows.append(f'<tr class="{classes[number] if classes else ""}">{cells}</tr>'.replace(' class=""', ""))
-    caption = f"<caption>{inline(caption)}</caption>" if caption else ""
-    body = "\n".join(rows)
-    return (
-        '<div class="scroll" tabindex="0">'  # focusable, so that the keyboard can scroll it
-        f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def _kind(column: pd.Series, prose: bool) -> str:
-    if prose:
-        return "prose"
-    numbers = column.dropna().map(lambda cell: bool(re.match(r"^[-\u2212+]?[\d.,]+\s?\S{0,3}$", str(cell))))
-    return "" if len(numbers) and numbers.all() else "text"
-
-
-def _cell(cell: object, markup: bool) -> str:
-    if pd.isna(cell) or cell == "":
-        return "–"  # noqa: RUF001 an en dash for a number that is not there
-    return str(cell) if markup else html.escape(str(cell))
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from codalib.base.paths import MANIFEST, project_folder, reports_folder, runs_fo
 from codalib.experiments.paper import CLAIMS, COLUMNS, PAPER, Claim
 from codalib.experiments.statistics import FAILS, HOLDS, UNDECIDED, tested
 from codalib.reporting import pages
-from codalib.reporting.tables import clock, markdown_table, number, readable, size
+from codalib.reporting.tables import clock, html_table, markdown_table, number, readable, size
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def build_index() -> Path:
                 "Last run (UTC)": max((stage["started"][:10] for stage in stages), default=""),
             }
         )
-    table = pages.table(pd.DataFrame(rows), markup=["Page"], prose=["What it is"])
+    table = html_table(pd.DataFrame(rows), markup=["Page"], prose=["What it is"])
     body = f"<h1>CODA, reproduced: all results</h1>{pages.markdown(SUMMARY)}{table}"
     path = reports_folder() / "index.html"
     with atomic_write(path) as file:
@@ -176,7 +176,7 @@ def _claims(stages: Sequence[Stage], folder: Path) -> str:
     for stage in stages:
         for result in stage.results("claims"):
             if result["id"] not in CLAIMS or result["verdict"] not in VERDICTS:
-                raise ValueError(f"{stage.folder / MANIFEST} names an unknown claim or verdict: {result}.")
+                raise ValueError(f"{stage.folder / MANIFEST}: expected a known claim and verdict, got {result}")
             found.setdefault(result["id"], []).append((stage, result))
     if not found:
         return ""
@@ -187,7 +187,7 @@ def _claims(stages: Sequence[Stage], folder: Path) -> str:
         verdicts = {r.get("setting", ""): _verdict(r) + ("" if tested(r) else f" {UNTESTED}") for _, r in own}
         row = {"Claim": f'<a href="#claim-{name}">{html.escape(CLAIMS[name].title)}</a>'}
         rows.append(row | {setting.capitalize() or "As trained": verdicts.get(setting, "") for setting in settings})
-    table = pages.table(pd.DataFrame(rows), markup=list(rows[0]))
+    table = html_table(pd.DataFrame(rows), markup=list(rows[0]))
     items = "".join(_claim(CLAIMS[name], own, folder) for name, own in checked.items())
     parts = [f"<h2>The paper's claims</h2>{table}", f'<ul class="claims">{items}</ul>']
     if rest := [claim for claim in CLAIMS.values() if claim.id not in checked]:
@@ -219,7 +219,7 @@ def _claim(claim: Claim, found: Sequence[tuple[Stage, Mapping[str, Any]]], folde
 
 
 def _published(claim: Claim) -> str:
-    """The published numbers behind a claim: first and last of each measure."""
+    """The published numbers behind a claim: first and last of each metric."""
     ends: dict[str, list[float]] = {}
     for comparison in claim.comparisons:
         before, after = comparison.published
@@ -258,7 +258,7 @@ def _table(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
     links = f'<a href="tables/{name}.csv">CSV</a>, <a href="tables/{name}.md">Markdown</a>'
     caption = pages.inline(result.get("caption", ""))
     return (
-        f"<h3>{pages.inline(result['title'])}</h3>{pages.table(shown, prose=wide)}"
+        f"<h3>{pages.inline(result['title'])}</h3>{html_table(shown, prose=wide)}"
         f'<p class="quiet">{caption} ({links})</p>'
     )
 
@@ -297,7 +297,7 @@ def _provenance(stages: Sequence[Stage], folder: Path) -> str:
     total = clock(sum(stage.manifest.get("seconds") or 0 for stage in stages))
     parts = [
         "<h2>How these numbers came about</h2>",
-        pages.table(frame, markup=["Stage"]),
+        html_table(frame, markup=["Stage"]),
         f"<p>All stages together: {total}.</p>",
     ]
     for title, key in (("Machine", "machine"), ("Versions", "versions")):
@@ -306,7 +306,7 @@ def _provenance(stages: Sequence[Stage], folder: Path) -> str:
         parts.append(f"<p><strong>{title}.</strong> {html.escape('; or '.join(sorted(texts)))}.</p>")
     for stage in stages:
         lines = pd.DataFrame([{"Parameter": k, "Value": repr(v)} for k, v in stage.manifest["parameters"].items()])
-        inside = pages.table(lines, prose=["Value"]) if len(lines) else "<p>None.</p>"
+        inside = html_table(lines, prose=["Value"]) if len(lines) else "<p>None.</p>"
         parts.append(f"<details><summary>Parameters of {html.escape(stage.name)}</summary>{inside}</details>")
     return "\n".join(parts)
 

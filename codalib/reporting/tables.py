@@ -1,5 +1,6 @@
 """Measured numbers beside the paper's: verdicts on its claims, tables of both, and numbers as people read them."""
 
+import html
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from codalib.experiments.paper import COLUMNS, Table
 from codalib.experiments.statistics import SPREAD_SUFFIX
 
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
-SHARES = ("utilization", "accuracy", "precision", "recall", "copies")  # columns with these words are shown in percent
+FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies")  # shown in percent: columns with these words
 PAPER_PREFIX = "paper_"
 
 
@@ -26,16 +27,16 @@ def spread(values: Sequence[float], unit: str = "") -> str:
 def beside_paper(
     rows: Sequence[Mapping[str, Any]], table: Table, columns: Mapping[str, str | None], whole: bool = False
 ) -> pd.DataFrame:
-    """The run's ROWS, each measure next to the paper's column for the same method.
+    """The run's ROWS, each metric next to the paper's column for the same method.
 
     Args:
-        rows: {"method": name, measure: number}. What follows a comma in a name is a remark: "CODA MAR 16384, released
+        rows: {"method": name, metric: number}. What follows a comma in a name is a remark: "CODA MAR 16384, released
             weights" stands beside the paper's "CODA MAR 16384".
-        columns: measure of the run -> column of the paper's table, None where the paper has none of the kind. One of
+        columns: metric of the run -> column of the paper's table, None where the paper has none of the kind. One of
             `DESCRIPTIONS` is what a method is and not how well it does: ours or the paper's, in one column.
         whole: show the methods of TABLE that the run has not measured too, ours after those of the same name.
 
-    Returns a frame with "method", then each measure, with its `X_std` where the rows have one, followed by
+    Returns a frame with "method", then each metric, with its `X_std` where the rows have one, followed by
     "paper_COLUMN"; gaps are NaN.
     """
     published = {row.method: row.published() for row in table}
@@ -45,13 +46,13 @@ def beside_paper(
 
     def line(row: Mapping[str, Any]) -> dict[str, Any]:
         theirs, values = published.get(named(row), {}), {"method": row["method"]}
-        for measure, column in columns.items():
-            values[measure] = row.get(measure)
-            if measure + SPREAD_SUFFIX in row:
-                values[measure + SPREAD_SUFFIX] = row[measure + SPREAD_SUFFIX]
-            if measure in DESCRIPTIONS and values[measure] is None:
-                values[measure] = theirs.get(column)
-            elif measure not in DESCRIPTIONS and column:
+        for metric, column in columns.items():
+            values[metric] = row.get(metric)
+            if metric + SPREAD_SUFFIX in row:
+                values[metric + SPREAD_SUFFIX] = row[metric + SPREAD_SUFFIX]
+            if metric in DESCRIPTIONS and values[metric] is None:
+                values[metric] = theirs.get(column)
+            elif metric not in DESCRIPTIONS and column:
                 values[PAPER_PREFIX + column] = theirs.get(column)
         return values
 
@@ -78,26 +79,28 @@ def label(column: str) -> str:
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table for people: labels, rounded numbers, shares as percent, `X` and `X_std` in one column."""
+    """A table for people: labels, rounded numbers, fractions as percent, `X` and `X_std` in one column."""
     shown = pd.DataFrame(index=frame.index)
     for column in frame.columns:
         if column.endswith(SPREAD_SUFFIX) and column.removesuffix(SPREAD_SUFFIX) in frame:
             continue
         spread = frame.get(column + SPREAD_SUFFIX, pd.Series([None] * len(frame), index=frame.index))
-        share = any(word in column for word in SHARES)
-        shown[label(column)] = [number(value, share, noise) for value, noise in zip(frame[column], spread, strict=True)]
+        fraction = any(word in column for word in FRACTIONS)
+        shown[label(column)] = [
+            number(value, fraction, noise) for value, noise in zip(frame[column], spread, strict=True)
+        ]
     return shown
 
 
-def number(value: Any, share: bool = False, spread: Any = None) -> str:
-    """A value in three significant digits (a shorter or whole one as it is, a SHARE in percent), with its SPREAD."""
+def number(value: Any, fraction: bool = False, spread: Any = None) -> str:
+    """A value in three significant digits (a shorter or whole one as it is, a FRACTION in percent), with its SPREAD."""
     if isinstance(value, str):
         return value
     if value is None or pd.isna(value):
         return ""
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
-    if share:
+    if fraction:
         text = f"{100 * value:.1f}".removesuffix(".0")
     elif float(value).is_integer():
         text = f"{int(value):,}"
@@ -107,16 +110,10 @@ def number(value: Any, share: bool = False, spread: Any = None) -> str:
         text = f"{value:.2g}"
     else:
         text = f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-    unit = " %" if share else ""
+    unit = " %" if fraction else ""
     if spread is None or pd.isna(spread):
         return text + unit
-    return f"{text} ± {100 * spread if share else spread:.2g}{unit}"
-
-
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A table of texts in Markdown's pipe form."""
-    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
-    return "\n".join("| " + " | ".join(re.sub(r"([|])", r"\\\1", cell) for cell in line) + " |" for line in lines)
+    return f"{text} ± {100 * spread if fraction else spread:.2g}{unit}"
 
 
 def prose(frame: pd.DataFrame) -> Any:
@@ -146,3 +143,52 @@ def size(count: int | None) -> str:
     if not count:
         return ""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+# --- writers ----------------------------------------------------------------------------------------------------------
+def html_table(frame: pd.DataFrame, prose: Sequence[str] = (), markup: Sequence[str] = ()) -> str:
+    """A table as HTML in a box that scrolls inside itself.
+
+    Args:
+        frame: cells are shown as they are, so numbers are formatted before; missing ones become a dash.
+        prose: columns of sentences, which wrap.
+        markup: columns whose cells are HTML already.
+    """
+    kinds = [_kind(frame[name], name in prose) for name in frame.columns]
+    names = list(zip(frame.columns, kinds, strict=True))
+    head = "".join(f'<th{kind} scope="col">{html.escape(str(name))}</th>' for name, kind in names)
+    rows = []
+    for row in frame.itertuples(index=False):
+        cells = zip(names, row, strict=True)
+        texts = (f"<td{kind}>{_cell(cell, name in markup)}</td>" for (name, kind), cell in cells)
+        rows.append(f"<tr>{''.join(texts)}</tr>")
+    body = "\n".join(rows)
+    return (
+        '<div class="scroll" tabindex="0">'  # focusable, so that the keyboard can scroll it
+        f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _kind(column: pd.Series, prose: bool) -> str:
+    """The CSS class of a column, as an attribute; numbers need none."""
+    if prose:
+        return ' class="prose"'
+    numbers = column.dropna().map(lambda cell: bool(re.match(r"^[-\u2212+]?[\d.,]+\s?\S{0,3}$", str(cell))))
+    return "" if len(numbers) and numbers.all() else ' class="text"'
+
+
+def _cell(cell: object, markup: bool) -> str:
+    if pd.isna(cell) or cell == "":
+        return "–"  # noqa: RUF001 an en dash for a number that is not there
+    return str(cell) if markup else html.escape(str(cell))
+
+
+def markdown_table(frame: pd.DataFrame, aligned: bool = False) -> str:
+    """A table of texts in Markdown's pipe form; ALIGNED pads its cells for a terminal."""
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
+    lines = [[re.sub(r"([|])", r"\\\1", cell) for cell in line] for line in lines]
+    if aligned:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines[1] = ["-" * width for width in widths]
+        lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -45,7 +45,7 @@ class Picture(anywidget.AnyWidget):
     mode = traitlets.Enum(["view", "cell", "box"], "view").tag(sync=True)
     grid = traitlets.Int(1).tag(sync=True)  # cells a side, for "cell"
     cell = traitlets.List([0, 0]).tag(sync=True)  # row, column
-    box = traitlets.List([0.25, 0.25, 0.75, 0.75]).tag(sync=True)  # top, left, bottom, right as shares of the side
+    box = traitlets.List([0.25, 0.25, 0.75, 0.75]).tag(sync=True)  # top, left, bottom, right as fractions of the side
 
     def put(self, image: Tensor, alt: str) -> None:
         """Show an image (3, h, w) in [-1, 1]."""
@@ -192,7 +192,7 @@ class AssignmentExplorer(Explorer):
         )
 
     def _place(self) -> tuple[float, float]:
-        """The middle of the cell, from the top and from the left as shares of the side."""
+        """The middle of the cell, from the top and from the left as fractions of the side."""
         row, column = self.picture.cell
         return (row + 0.5) / self.picture.grid, (column + 0.5) / self.picture.grid
 
@@ -204,7 +204,7 @@ class AssignmentExplorer(Explorer):
 
 
 class EditExplorer(Explorer):
-    """Point at a token, put another code in its place or hide it, and decode."""
+    """Point at a token, put another code in its place or mask it, and decode."""
 
     def __init__(self, choice: ImageChoice):
         self.choice = choice
@@ -251,7 +251,7 @@ class EditExplorer(Explorer):
         )
 
     def still(self) -> str:
-        """Three edits side by side: a coarse token hidden, a fine one, and a coarse one replaced."""
+        """Three edits side by side: a coarse token masked, a fine one, and a coarse one replaced."""
         tokens, decode = self.choice.explained.tokens, self.choice.tokenizer.decode
         last, middle = len(tokens) - 1, tokens.scales[-1] // 2
         edits = {
@@ -372,9 +372,9 @@ class InpaintExplorer(_Sampler):
         self.choice = ImageChoice(tokenizer, images, first)
         levels = len(tokenizer.quantizer.scales)
         self.kept = w.IntSlider(1, 0, levels - 1, description="kept levels")
-        self.picture, self.hidden = Picture(mode="box"), Picture()
+        self.picture, self.masked = Picture(mode="box"), Picture()
         self.view = w.VBox(
-            [self.choice.view, self.controls, self.kept, _row(self.picture, self.hidden), self.watch, self.result]
+            [self.choice.view, self.controls, self.kept, _row(self.picture, self.masked), self.watch, self.result]
         )
         self.picture.observe(lambda _: self.mask(), "box")
         self.kept.observe(lambda _: self.mask(), "value")
@@ -390,15 +390,15 @@ class InpaintExplorer(_Sampler):
         self.mask()
 
     def mask(self) -> None:
-        """Hide the tokens that the box meets, and show what the others say."""
+        """Mask the tokens that the box meets, and show what the others say."""
         self.known = keep_outside(self.choice.explained.tokens, tuple(self.picture.box), self.kept.value)
-        self.hidden.put(self.tokenizer.decode(self.known, partial=True)[0], "what is left without the box's tokens")
+        self.masked.put(self.tokenizer.decode(self.known, partial=True)[0], "what is left without the box's tokens")
 
     def fixed(self) -> Tokens:
         return Tokens((level.expand(SAMPLES, -1, -1) for level in self.known), self.model.codebook_size)
 
     def still(self) -> str:
-        top, left, bottom, right = (f"{share:.0%}" for share in self.picture.box)
+        top, left, bottom, right = (f"{part:.0%}" for part in self.picture.box)
         cells = [
             _captioned(self.choice.explained.image, "the image"),
             _captioned(self.tokenizer.decode(self.known, partial=True)[0], "without the box's tokens"),
@@ -440,7 +440,7 @@ def _bars(codes: list[int], scores: list[float]) -> str:
         )
         for rank, (code, score) in enumerate(zip(codes, scores, strict=True))
     ]
-    return rich.table(["code", "", "score"], rows)
+    return rich.table(["code", "", "score"], rows, ["code", ""])
 
 
 def _frame(frame: Frame) -> str:

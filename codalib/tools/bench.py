@@ -1,4 +1,4 @@
-"""Time and peak memory of the quantizers: `codalib bench` measures them and writes reports/bench/.
+"""Time and peak memory of the quantizers: `codalib bench` measures them into reports/bench/ and runs notebooks/bench.
 
 Each case runs in a process of its own, so that its peak memory is its own. What is measured is kept in runs/bench/, one
 file a case, and is not measured again as long as the code, the machine and torch stay the same: a run that was stopped
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from codalib.base.files import read_json, write_json
+from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.hardware import machine, peak_memory
-from codalib.base.paths import reports_folder, runs_folder
-from codalib.tools.bench_cases import SEED, Case, rates, wait_for, workload
+from codalib.base.paths import project_folder, reports_folder, runs_folder
+from codalib.tools.bench_cases import PRODUCTS_A_LOGIT, SEED, Case, rates, wait_for, workload
 from codalib.workflow.manifest import Run, library_versions
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ BACKENDS = ("reference", "tiled", "compiled")
 REPEATS = 3
 WARM_CODES = 64  # a small problem that loads libraries, thread pools and the compiler before memory is looked at
 LONGEST = 900  # seconds that one case may take
+COLUMNS = (  # of results.csv; seconds and bytes
+    *("task", "implementation", "device", "scales", "codes", "batch", "tokens", "state", "seconds", "slowest_seconds"),
+    *("floor_seconds", "peak_bytes", "idle_bytes", "load"),
+)
 MEASURED = "measured"  # the state of a case with numbers; any other says why there are none
 SOURCES = (  # what makes the numbers
     "kernels/assignment.py",
@@ -179,16 +183,7 @@ def _measure_apart(case: Case, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         arguments = [f"--{key}={value}" for key, value in asdict(case).items()]
-        command = [
-            sys.executable,
-            "-m",
-            "codalib",
-            "bench",
-            "--result",
-            str(result),
-            f"--repeats={repeats}",
-            *arguments,
-        ]
+        command = [sys.executable, "-m", "codalib", "bench", f"--result={result}", f"--repeats={repeats}", *arguments]
         environment = os.environ | {"OMP_NUM_THREADS": threads()}
         try:
             child = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, env=environment)
@@ -213,31 +208,58 @@ def _fingerprint(repeats: int) -> str:
     return hashlib.sha256(b"".join(x.read_bytes() for x in sources) + repr(state).encode()).hexdigest()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what is not yet measured, and write the CSV, the plots and the page; see --help."""
+def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, str]]]:
+    """Write results.csv, each case with its floor, and rates.csv into FOLDER; returns what `Run.finish` takes."""
+    import pandas as pd  # it has no place in the process of a case
+
+    rates = {row["device"]: dict(row["rates"]) for row in rows if row["task"] == "rates"}
+    for row in rows:
+        if row["task"] == "compiling":
+            rates[row["device"]]["compile_seconds"] = row["seconds"]
+    cases = [(Case(**{name: row[name] for name in Case.__annotations__}), row) for row in rows]
+    cases = [(case, row) for case, row in cases if case.task in PRODUCTS_A_LOGIT]
+    frame = pd.DataFrame([row | {"floor_seconds": case.floor_seconds(rates[case.device])} for case, row in cases])
+    tables = {"results": frame.reindex(columns=COLUMNS), "rates": pd.DataFrame(rates).T.rename_axis("device")}
+    for name, table in tables.items():
+        with atomic_write(folder / f"{name}.csv") as file:
+            table.to_csv(file, index=name == "rates", float_format="%.6g")
+    return {
+        "tables": [
+            {"file": "results.csv", "title": "Time and memory", "caption": "One row a case; seconds and bytes."},
+            {"file": "rates.csv", "title": "Rates", "caption": "Operations a second; compile_seconds in seconds."},
+        ]
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is not yet measured, write the CSV and the page."""
     parser = argparse.ArgumentParser(prog="codalib bench", description=main.__doc__)
     parser.add_argument("--quick", action="store_true", help="a few tiny cases, into runs/bench-quick")
-    parser.add_argument("--folder", type=Path, help="where the page, the plots and the CSV go (default: reports/bench)")
-    parser.add_argument("--kept", type=Path, help="where measured cases are kept (default: runs/bench)")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of which the best counts")
+    parser.add_argument("--folder", type=Path, help="where the page and the CSV go (reports/bench)")
+    parser.add_argument("--kept", type=Path, help="where measured cases are kept (runs/bench)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"of which the best counts ({REPEATS})")
     one = parser.add_argument_group("one case in this process, its result as JSON")
     one.add_argument("--result", type=Path, help="file of the result")
     for name, kind in Case.__annotations__.items():
         one.add_argument(f"--{name}", type=kind)
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if given.result:
         case = Case(**{name: getattr(given, name) for name in Case.__annotations__})
         write_json(given.result, measure(case, given.repeats))
-        return
-    from codalib.tools.bench_page import write_page  # what it loads has no place in the process of a case
+        return 0
+    from codalib.workflow.execute import execute  # what it loads has no place in the process of a case
 
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    kept = given.kept or runs_folder("bench-quick" if given.quick else "bench")
-    folder = given.folder or (kept / "page" if given.quick else reports_folder("bench"))
+    kept = (given.kept or runs_folder("bench-quick" if given.quick else "bench")).resolve()
+    folder = (given.folder or (kept / "page" if given.quick else reports_folder("bench"))).resolve()
     cases = plan(devices, given.quick)
     settings = {"repeats": given.repeats, "quick": given.quick, "threads": threads(), "cases": len(cases)}
-    record = Run(folder.resolve(), "bench", settings, seed=SEED)
-    results = write_page(run(cases, kept, given.repeats), folder)
-    record.finish(results)
-    log.info("The results: %s", folder / "index.html")
+    record = Run(folder, "bench", settings, seed=SEED)
+    record.finish(write_rows(run(cases, kept, given.repeats), folder))
+    notebook, own = (
+        project_folder() / "notebooks" / "bench.ipynb",
+        {"folder": str(folder), "output": str(kept / "plots")},
+    )
+    log.info("The results: %s", execute(notebook, "smoke", own, page=folder / "index.html"))
+    return 0

@@ -3,18 +3,18 @@
 Tasks and their implementations:
 
     step      forward and backward of the whole attention quantizer: the backends of `kernels.assignment`, and
-    `released`,
-              the algorithm of the authors' release written anew, which keeps several (tokens x codes) matrices a level
-    encode    latents to indices with the quantizers of the house (`attention`, `nearest`), against `library`, one call
-              of vector-quantize-pytorch's VectorQuantize with as many tokens, and `products`, the bare matrix products
-    residual  the same residual quantization (three steps at full resolution, nearest code, one codebook) by the
-              quantizer of the house (`nearest`) and by vector-quantize-pytorch's ResidualVQ (`library`)
+              `released`, the algorithm of the authors' release written anew, which keeps several (tokens x codes)
+              matrices a level
+    encode    latents to indices with our quantizers (`attention`, `nearest`), against `library`, one call of
+              vector-quantize-pytorch's VectorQuantize with as many tokens, and `products`, the bare matrix products
+    residual  the same residual quantization (three steps at full resolution, nearest code, one codebook) by our
+              quantizer (`nearest`) and by vector-quantize-pytorch's ResidualVQ (`library`)
     rates     the rates of narrow matrix products and of exp on this machine, of which the floors are made
     compiling the time that the first use of the compiled backend takes
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,13 +31,13 @@ CHANNELS, WIDTH = 16, 32  # latent channels and attention width of the release
 SCALES = {"MAR": MAR_SCALES, "FLUX": FLUX_SCALES, "equal": (16, 16, 16), "tiny": (1, 2, 3)}
 ENTROPY_WEIGHT = 0.05
 SEED = 0
-
+PRODUCTS_A_LOGIT = {"step": 4 * WIDTH + CHANNELS, "encode": WIDTH, "residual": CHANNELS + 1}  # multiply-adds
+EXPONENTIALS_A_LOGIT = {"step": 3, "encode": 0, "residual": 0}  # one forward, two backward
 
 # (tokens x codes) matrices of 4 bytes that an implementation holds at its peak, as measured at 16,384 codes; a case
-# that would need more than this share of the memory is not run.
+# that would need more than this fraction of the memory is not run.
 MATRICES = {("step", "released"): 9, ("step", "reference"): 5, ("encode", "library"): 4, ("residual", "library"): 2}
-MEMORY_SHARE = 0.4
-
+MEMORY_FRACTION = 0.4
 
 # One tile of the bare products: about the fastest shape on processors (the product stays in the second-level cache).
 PRODUCT_TOKENS, PRODUCT_CODES = 64, 2048
@@ -60,6 +60,12 @@ class Case:
         """Tokens of the whole batch, over all levels."""
         return self.batch * sum(p * p for p in SCALES[self.scales])
 
+    def floor_seconds(self, rates: Mapping[str, float]) -> float:
+        """The least time that the case's products and exponentials take at the RATES of its device."""
+        logits = self.tokens * self.codes
+        products = 2 * PRODUCTS_A_LOGIT[self.task] * logits / rates["products"]
+        return products + EXPONENTIALS_A_LOGIT[self.task] * logits / rates["exponentials"]
+
     @property
     def name(self) -> str:
         return "-".join(str(value) for value in asdict(self).values()).replace(" ", "_")
@@ -71,7 +77,7 @@ class Case:
         if self.device == "cuda":
             available = torch.cuda.get_device_properties(0).total_memory
         else:
-            available = MEMORY_SHARE * machine()["memory_bytes"]
+            available = MEMORY_FRACTION * machine()["memory_bytes"]
         return f"not run: it would take about {needed / 1e9:.0f} GB" if needed > available else ""
 
 

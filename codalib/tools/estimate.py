@@ -28,8 +28,8 @@ LEVELS = 10  # the paper's
 FIT_BATCH = 32  # latents a step, while fitting on latents alone
 STEPS_OF_FIT = 1.5  # steps on latents for each step on images, where the run's length is chosen here
 LONGEST_FIT = 1500  # of those
-MEMORY_SHARE = 0.9  # of the free memory that a run may take
-TIME_SHARE = 0.75  # of the minutes that training may take; the rest is for loading, measuring and drawing
+MEMORY_FRACTION = 0.9  # of the free memory that a run may take
+TIME_FRACTION = 0.75  # of the minutes that training may take; the rest is for loading, measuring and drawing
 TIMED_STEPS = 5  # the first, which sets things up, is not counted
 GIB = 2**30
 
@@ -44,7 +44,7 @@ def scales_for(side: int) -> tuple[int, ...]:
     In between 1 and SIDE they grow by one factor, but by one at least; small grids end in levels of the whole grid.
     """
     if side < 1:
-        raise ValueError(f"a latent grid of side {side} got, expected at least 1")
+        raise ValueError(f"expected a latent grid of side 1 or more, got {side}")
     if side in (MAR_SCALES[-1], FLUX_SCALES[-1]):
         return MAR_SCALES if side == MAR_SCALES[-1] else FLUX_SCALES
     scales: list[int] = []
@@ -61,7 +61,7 @@ def brief_settings(
 
     They are those of the profile emoji: against the paper's (days on GPUs) a higher learning rate, a shorter average,
     and lower weights of quantization and entropy, which would otherwise cost detail in so few steps; the perceptual and
-    the adversarial weight are those of EfficientNet's distance and critic, which lie in a Python package.
+    the adversarial weight are those of EfficientNet's distance and discriminator, which lie in a Python package.
     """
     scales = scales_for(vae.latent_side(resolution))
     shared = {"codebook_size": codebook_size, "scales": scales, "seed": seed}
@@ -113,16 +113,16 @@ class Estimate:
     @property
     def largest_batch(self) -> int:
         """Images a step that the memory takes; 0 where it takes none."""
-        return max(0, int((MEMORY_SHARE * self.free_bytes - self.fixed_bytes) // self.bytes_an_image))
+        return max(0, int((MEMORY_FRACTION * self.free_bytes - self.fixed_bytes) // self.bytes_an_image))
 
     def minutes(self, steps: int, fit_steps: int, images: int) -> float:
         """Of a run with so many steps on IMAGES images, loading and measuring reckoned in."""
         work = steps * self.seconds_a_step + fit_steps * self.seconds_a_fit_step + images * self.seconds_an_image
-        return work / TIME_SHARE / 60
+        return work / TIME_FRACTION / 60
 
     def steps_within(self, minutes: float, images: int) -> int:
         """Steps on images that fit into so many minutes, with the steps on latents that `brief_settings` adds."""
-        seconds = TIME_SHARE * 60 * minutes - images * self.seconds_an_image
+        seconds = TIME_FRACTION * 60 * minutes - images * self.seconds_an_image
         with_fit = seconds / (self.seconds_a_step + STEPS_OF_FIT * self.seconds_a_fit_step)
         if STEPS_OF_FIT * with_fit > LONGEST_FIT:
             with_fit = (seconds - LONGEST_FIT * self.seconds_a_fit_step) / self.seconds_a_step
@@ -130,7 +130,7 @@ class Estimate:
 
     def check_memory(self) -> None:
         """Raise DoesNotFit where a step would take more than the memory that is free."""
-        if self.bytes_needed > MEMORY_SHARE * self.free_bytes:
+        if self.bytes_needed > MEMORY_FRACTION * self.free_bytes:
             advice = (
                 f"batch_size {self.largest_batch} fits"
                 if self.largest_batch
@@ -138,7 +138,7 @@ class Estimate:
             )
             raise DoesNotFit(
                 f"a step of batch_size {self.batch_size} takes about {self.bytes_needed / GIB:.1f} GiB, and "
-                f"{MEMORY_SHARE:.0%} of the {self.free_bytes / GIB:.1f} GiB that are free may be taken: {advice}"
+                f"{MEMORY_FRACTION:.0%} of the {self.free_bytes / GIB:.1f} GiB that are free may be taken: {advice}"
             )
 
     def check_time(self, minutes: float, steps: int, fit_steps: int, images: int) -> None:
@@ -176,7 +176,7 @@ def estimate(
             train_tokenizer(replace(settings, **few | {"steps": 1, "batch_size": 1}), vae, train, val, folder / "one")
         fixed, free = _memory()
         found = Estimate(settings.batch_size, fixed, kept.most, free, math.nan, _pace(folder / "fit"), an_image)
-        if found.bytes_needed > MEMORY_SHARE * free:
+        if found.bytes_needed > MEMORY_FRACTION * free:
             return found
         train_tokenizer(replace(settings, **few), vae, train, val, folder / "batch")
         found = replace(found, seconds_a_step=_pace(folder / "batch"))

@@ -1,9 +1,9 @@
 """Download pretrained networks into the weights folder: `codalib fetch --profile PROFILE`, or `... NAME ...`.
 
-What is here is checked against the SHA-256 that was kept when it came (checksums.json in the weights folder), against
-the digits that its name carries, and, on its way from the Hugging Face Hub, against the Hub's own. A download that
-broke off goes on where it was. Without a network each file that is missing gets one sentence: where it is, where to
-put it.
+A file that is here is checked against the SHA-256 kept when it came (checksums.json, in the weights folder) or the
+digits in its name; one on its way from the Hugging Face Hub against the Hub's. huggingface_hub says where the Hub's
+files lie and what they are; it would begin an interrupted file anew, so `download` carries every file and continues
+where it broke off. Without a network each missing file gets one sentence: where it is, where to put it.
 """
 
 import argparse
@@ -16,34 +16,34 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from codalib.base.files import read_json, write_json
 from codalib.base.paths import project_folder
 from codalib.pretrained.registry import NETWORKS, Network, find_weights, has_weights, weights_folder
-from codalib.workflow.profiles import StageError, profile_section
+from codalib.workflow.profiles import StageError, profile_path, profile_section
 
 log = logging.getLogger(__name__)
-
 
 CHECKSUMS = "checksums.json"  # in the weights folder: {file: {"sha256", "bytes", "from"}}
 ATTEMPTS = 3  # connections a file; each goes on where the last one broke off
 TIMEOUT = 30  # seconds without an answer
 CHUNK = 2**20  # bytes
-HUB = "https://huggingface.co"  # HF_ENDPOINT names another
-HUB_SHA256 = re.compile(r'"?([0-9a-f]{64})"?$')  # the tag of a large file on the Hub; a small one's has fewer digits
+SHA256 = re.compile(r"[0-9a-f]{64}")  # the etag of a large file on the Hub; a small one's has fewer digits
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 DIGITS_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # torch's habit: NAME-FIRST_DIGITS_OF_THE_SHA_256.pth
 PUBLISHED = ("kl16", "flux", "coda/mar_v16384", "coda/flux_v65536")
-PAPERS_MEASURES = ("dino_vits16", "vgg16_lpips", "inception_fid")  # of whoever trains or measures one of these
+PAPERS_METRICS = ("dino_vits16", "vgg16_lpips", "inception_fid")  # of whoever trains or evaluates one of these
 OTHER_NAMES = {  # in a profile
     "dino": "dino_vits16",
     "perceptual_vgg": "vgg16_lpips",
@@ -64,16 +64,17 @@ class NotThere(FetchError):
 # --- what a profile needs ---------------------------------------------------------------------------------------------
 def needed(profile: str) -> list[str]:
     """The networks that PROFILE names anywhere, in the registry's order; the paper's VAEs and tokenizers bring the
-    networks of its losses and measures with them.
+    networks of its losses and metrics with them.
 
     Raises StageError for an unknown profile.
     """
+    profile_path(profile)  # an unknown one stops here, with the known ones named
     notebooks = sorted(path.stem for path in (project_folder() / "notebooks").glob("*.ipynb"))
     values = {text for name in notebooks for text in _texts(profile_section(profile, name))}
     names = {name for name, network in NETWORKS.items() if values & {name, network.file}}
     names |= {name for other, name in OTHER_NAMES.items() if other in values}
     if names & set(PUBLISHED):
-        names |= set(PAPERS_MEASURES)
+        names |= set(PAPERS_METRICS)
     return [name for name in NETWORKS if name in names]
 
 
@@ -94,7 +95,7 @@ def fetch(name: str) -> list[str]:
     Raises KeyError for a name that is not in `NETWORKS`.
     """
     if name not in NETWORKS:
-        raise KeyError(f"got the network name {name!r}, expected one of {', '.join(NETWORKS)}")
+        raise KeyError(f"expected one of {', '.join(NETWORKS)}, got the network {name!r}")
     network = NETWORKS[name]
     here = find_weights(name) if has_weights(name) else None
     if network.url is None and network.hub is None:  # comes with a package or with the kit
@@ -131,51 +132,74 @@ def _problems(network: Network, files: dict[str, Path]) -> tuple[list[str], bool
 
 
 def _fetch_file(network: Network, inner: str, path: Path) -> None:
-    repository, url, headers = "", network.url, {}
+    url, repository, file = network.url, "", {"sha256": _digits_in_name(path)}
     if network.hub:
         owner, name, outer = network.hub.split("/", 2)
-        repository = f"{os.environ.get('HF_ENDPOINT', HUB)}/{owner}/{name}"
-        url = "/".join(filter(None, (repository, "resolve/main", outer, inner)))
-        token = huggingface_hub.get_token()  # HF_TOKEN, or what a login to the Hub left
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+        repository, inside = f"{endpoint}/{owner}/{name}", "/".join(filter(None, (outer, inner)))
+        url = huggingface_hub.hf_hub_url(f"{owner}/{name}", inside, endpoint=endpoint)
     by_hand = f"get {url} by another way and put it at {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download(url, path, _digits_in_name(path), headers)
-    except urllib.error.HTTPError as error:
-        if repository and error.code in REFUSED:
+        if network.hub:
+            file |= _on_the_hub(url)
+        download(url, path, **file)
+    except (urllib.error.HTTPError, HfHubHTTPError) as error:
+        code = error.code if isinstance(error, urllib.error.HTTPError) else error.response.status_code
+        said = f"{code} {HTTPStatus(code).phrase}"
+        if repository and code in REFUSED:
             raise FetchError(
-                f"{path.name} was not fetched (the Hub says {error.code} {error.reason}): accept the licence at "
-                f"{repository} and set HF_TOKEN to a token of yours, or {by_hand}."
+                f"{path.name} was not fetched (the Hub says {said}): accept the licence at {repository} and set "
+                f"HF_TOKEN to a token of yours, or {by_hand}."
             ) from error
-        kind = NotThere if error.code == HTTPStatus.NOT_FOUND else FetchError
-        raise kind(f"{path.name} was not fetched (the server says {error.code} {error.reason}): {by_hand}.") from error
+        kind = NotThere if code == HTTPStatus.NOT_FOUND else FetchError
+        raise kind(f"{path.name} was not fetched (the server says {said}): {by_hand}.") from error
     except (OSError, http.client.HTTPException) as error:
         raise FetchError(f"{path.name} was not fetched ({_reason(error)}): {by_hand}.") from error
 
 
+def _on_the_hub(url: str) -> dict[str, str]:
+    """What `download` needs to know about a file of the Hub; the token stays with the Hub's own host."""
+    token = huggingface_hub.get_token()  # HF_TOKEN, or what a login to the Hub left
+    try:
+        file = huggingface_hub.get_hf_file_metadata(url, token=token or False, timeout=TIMEOUT)
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # those of huggingface_hub's HTTP client, which is another in each of its versions
+        raise ConnectionError(_reason(error)) from error
+    known = {"location": file.location, "version": file.etag or ""}
+    if SHA256.fullmatch(known["version"]):
+        known["sha256"] = known["version"]
+    return known | ({"token": token} if token and urlsplit(file.location).netloc == urlsplit(url).netloc else {})
+
+
 def _reason(error: Exception) -> str:
     error = getattr(error, "reason", None) or error  # urllib wraps what happened
-    return str(error).strip() or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
-def download(url: str, path: Path, sha256: str = "", headers: Mapping[str, str] | None = None) -> None:
+def download(url: str, path: Path, sha256: str = "", location: str = "", version: str = "", token: str = "") -> None:
     """Download a file, going on from PATH.part if it is there, and rename it to PATH once its SHA-256 is right.
 
     Args:
         url: http or https.
         path: in a folder that is there.
-        sha256: all or its first digits; "" takes the Hub's where the server sends one, and else whatever comes.
-        headers: of the request; an `Authorization` is left behind where the server sends us to another host.
+        sha256: all or its first digits; "" takes whatever comes.
+        location: where the server keeps the file, if not at the URL.
+        version: changes with the file; "" takes the server's ETag.
+        token: sent to the location's host, and to no other that it redirects to.
     Raises:
         FetchError: another SHA-256; what came is removed. Or the disk is full.
         OSError, http.client.HTTPException: no connection, or one that broke off; PATH.part stays.
     """
     part = _part(path)
+    request = urllib.request.Request(location or url, headers={"User-Agent": "codalib"})
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     for attempt in range(ATTEMPTS):
         try:
-            sha256 = _continue(url, part, headers or {}) or sha256
+            _continue(request, part, version)
             break
         except urllib.error.HTTPError:
             raise
@@ -187,7 +211,7 @@ def download(url: str, path: Path, sha256: str = "", headers: Mapping[str, str] 
     if not found.startswith(sha256):
         _discard(part)
         raise FetchError(
-            f"{path.name} has the SHA-256 {found}, expected one that begins with {sha256}: what came from {url} was "
+            f"{path.name}: expected a SHA-256 that begins with {sha256}, got {found}: what came from {url} was "
             "removed, so run again; if it happens again, the file there is another."
         )
     size = part.stat().st_size
@@ -196,49 +220,28 @@ def download(url: str, path: Path, sha256: str = "", headers: Mapping[str, str] 
     _keep(path, found, size, url)
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows the server's directions, leaves a token behind at another host, and notes the Hub's SHA-256."""
-
-    sha256 = ""
-
-    def redirect_request(self, request, file, code, message, headers, address):
-        self.note(headers)
-        onward = super().redirect_request(request, file, code, message, headers, address)
-        if onward is not None and urlsplit(address).netloc != urlsplit(request.full_url).netloc:
-            onward.remove_header("Authorization")
-        return onward
-
-    def note(self, headers: Mapping[str, str]) -> None:
-        found = HUB_SHA256.match(headers.get("X-Linked-Etag") or "")
-        self.sha256 = found[1] if found else self.sha256
-
-
-def _continue(url: str, part: Path, headers: Mapping[str, str]) -> str:
-    """Append what is missing to PART, or start over where the server cannot go on or has another file by now.
-
-    Returns the SHA-256 that the Hub states, "" where it states none.
-    """
+def _continue(request: urllib.request.Request, part: Path, version: str) -> None:
+    """Append what is missing to PART, or start over where the server cannot go on or has another file by now."""
     done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "codalib", **headers})
     if done:
         request.add_header("Range", f"bytes={done}-")
-    redirects = _Redirects()
+    else:
+        request.remove_header("Range")
     try:
-        response = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
         if error.headers.get("Content-Range") == f"bytes */{done}":  # nothing was missing
-            return redirects.sha256
+            return
         _discard(part)
-        return _continue(url, part, headers)
+        return _continue(request, part, version)
     with response:
-        redirects.note(response.headers)
-        version, known = redirects.sha256 or response.headers.get("ETag") or "", _version(part)
+        version, known = version or response.headers.get("ETag") or "", _version(part)
         appending = response.status == HTTPStatus.PARTIAL_CONTENT
         if appending and (not known.exists() or known.read_text() != version):
             _discard(part)
-            return _continue(url, part, headers)
+            return _continue(request, part, version)
         done = done if appending else 0
         length = response.headers.get("Content-Length")
         total = None if length is None else done + int(length)
@@ -256,7 +259,6 @@ def _continue(url: str, part: Path, headers: Mapping[str, str]) -> str:
                 bar.update(len(chunk))
     if total is not None and done < total:
         raise ConnectionError(f"the connection broke off after {done:,} of {total:,} bytes; run again to go on")
-    return redirects.sha256
 
 
 def _part(path: Path) -> Path:
@@ -291,7 +293,7 @@ def _verify(path: Path) -> None:
     expected = known or _digits_in_name(path)
     if not found.startswith(expected):
         raise FetchError(
-            f"{path} has the SHA-256 {found}, expected {expected}{'' if known else '...'}: it is damaged or was "
+            f"{path}: expected the SHA-256 {expected}{'' if known else '...'}, got {found}: it is damaged or was "
             f"replaced, so remove it and run again (or, if it is meant, its line in {weights_folder() / CHECKSUMS})."
         )
     if known is None:
@@ -321,9 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if unknown := [name for name in options.names if name not in NETWORKS]:
-        parser.error(f"there is no network {', '.join(unknown)}; the known ones are {', '.join(NETWORKS)}")
+        parser.error(f"expected networks among {', '.join(NETWORKS)}, got {', '.join(unknown)}")
     if not options.names and options.profile is None:
-        parser.error("name a profile (--profile PROFILE) or networks")
+        parser.error("expected a profile (--profile PROFILE) or names of networks")
     try:
         names = list(dict.fromkeys([*options.names, *(needed(options.profile) if options.profile else ())]))
         problems = [problem for name in names for problem in fetch(name)]

@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from codalib.models.tokenizer import CodaTokenizer
 
 
-def count_parameters(tokenizer: CodaTokenizer, perceptual: nn.Module | None, critic: nn.Module | None) -> list[dict]:
+def count_parameters(
+    tokenizer: CodaTokenizer, perceptual: nn.Module | None, discriminator: nn.Module | None
+) -> list[dict]:
     """Rows {"part", "parameters", "trained"}; `trained` counts what the optimisers change."""
 
     def plain(module: nn.Module | None) -> int:
@@ -30,10 +32,10 @@ def count_parameters(tokenizer: CodaTokenizer, perceptual: nn.Module | None, cri
         ("adapters of the decoder", adapters(vae.decoder), True),
         ("quantizer", plain(tokenizer.quantizer), True),
     ]
-    if critic is not None:
+    if discriminator is not None:
         rows += [
-            (f"{critic.name}, backbone", plain(critic.backbone), False),
-            (f"{critic.name}, heads", plain(critic.heads), True),
+            (f"{discriminator.name}, backbone", plain(discriminator.backbone), False),
+            (f"{discriminator.name}, heads", plain(discriminator.heads), True),
         ]
     if perceptual is not None:
         rows.append((f"{perceptual.name}, network", plain(perceptual), False))

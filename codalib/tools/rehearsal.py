@@ -1,6 +1,6 @@
 """Rehearse a profile's tokenizer training before a GPU is paid for: `codalib rehearse --profile PROFILE`.
 
-The very notebook's settings and the very training code run on the real architectures, with seeded random weights where
+The notebook's own settings and the training code itself run on the real architectures, with seeded random weights where
 the real ones are not on this machine: a step, a checkpoint, an interruption, a resume, a second step, an evaluation, a
 save and a load. What is counted on the way (parameters, memory, floating-point operations) is what the real run will
 have, and what it implies for a GPU is printed.
@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from codalib.base.files import read_json, write_json
+from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.paths import project_folder
 from codalib.base.processes import launch
 from codalib.datasets.images import DataError, ImageDataset
@@ -58,7 +58,7 @@ UTILISATION = 0.25  # of them in use: an assumption, ordinary for convolutions o
 
 # What autocast to bfloat16 keeps for the backward pass over what float32 keeps, in the layers of both published VAEs:
 # on GPUs it computes group norms in float32, so that their inputs are kept in both precisions.
-AUTOCAST_SHARE = 1.1
+AUTOCAST_FACTOR = 1.1
 
 
 class Interruption(Exception):
@@ -66,19 +66,19 @@ class Interruption(Exception):
 
 
 class RandomImages(ImageDataset):
-    """Seeded noise in place of photographs; counts the images that it hands out, and breaks off after some."""
+    """Seeded noise in place of photographs; counts the images that it hands out, and stops after some."""
 
     def __init__(self, resolution: int, seed: int, name: str, count: int = IMAGES):
         super().__init__([], ["noise"], resolution, False, name)
         self.seed, self.count = seed, count
-        self.handed_out, self.break_off_after = 0, None
+        self.handed_out, self.interrupt_after = 0, None
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index = key[0] if isinstance(key, tuple) else key
-        if self.handed_out == self.break_off_after:
+        if self.handed_out == self.interrupt_after:
             raise Interruption
         self.handed_out += 1
         generator = torch.Generator().manual_seed(self.seed + index)
@@ -115,7 +115,7 @@ def base_vae(name: str, folder: Path, seed: int) -> tuple[str, bool]:
 def rehearsal_settings(parameters: Mapping[str, Any], batch: int) -> TokenizerSettings:
     """The profile's settings, but few steps, a small batch, and what this machine has."""
     here = torch.cuda.is_available()
-    perceptual, critic = parameters["perceptual_network"], parameters["discriminator_network"]
+    perceptual, discriminator = parameters["perceptual_network"], parameters["discriminator_network"]
     return replace(
         settings_from(TokenizerSettings, parameters),
         steps=STEPS,
@@ -129,7 +129,7 @@ def rehearsal_settings(parameters: Mapping[str, Any], batch: int) -> TokenizerSe
         precision=parameters["precision"] if here else "float32",
         backend="auto" if here else "tiled",  # compiled code would hide its operations from the count
         perceptual_network="auto" if perceptual == "perceptual_vgg" and not has_weights("vgg16_lpips") else perceptual,
-        discriminator_network="auto" if critic == "dino" and not has_weights("dino_vits16") else critic,
+        discriminator_network="auto" if discriminator == "dino" and not has_weights("dino_vits16") else discriminator,
     )
 
 
@@ -140,13 +140,13 @@ def rehearse(
     utilisation: float = UTILISATION,
     parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Rehearse PROFILE and return what was found, which is also written to runs/PROFILE/rehearsal/rehearsal.json.
+    """Rehearse PROFILE and return what was found, also written to runs/PROFILE/rehearsal/ (rehearsal.json, and .md).
 
     Args:
         profile: a name in profiles/.
         batch: images a step.
         tflops: of the GPUs to reckon with, 10^12 operations a second.
-        utilisation: the share of that in use, in (0, 1].
+        utilisation: the fraction of that in use, in (0, 1].
         parameters: in place of the profile's.
     Raises:
         StageError, ValueError: unknown profile, wrong parameters, or a VAE that is not here and not one of the paper's.
@@ -175,8 +175,8 @@ def rehearse(
         tokenizer = CodaTokenizer.from_pretrained(work / "tokenizer", backend=settings.backend)
         found["checks"]["loads again and encodes"] = _encodes(tokenizer, val)
         perceptual = build_perceptual(settings.perceptual_network, settings.perceptual_weight)
-        critic = build_discriminator(settings.discriminator_network, settings.adversarial_weight)
-        found["parameters"] = count_parameters(tokenizer, perceptual, critic)
+        discriminator = build_discriminator(settings.discriminator_network, settings.adversarial_weight)
+        found["parameters"] = count_parameters(tokenizer, perceptual, discriminator)
         found["latents"] = [channels, side, side]
         found["tokens"] = tokenizer.num_tokens
     finally:
@@ -185,7 +185,7 @@ def rehearse(
         "profile": profile,
         "vae": parameters["vae"],
         "random_weights": [parameters["vae"]] if is_random else [],
-        "stand_ins": _stand_ins(parameters, perceptual, critic),
+        "stand_ins": _stand_ins(parameters, perceptual, discriminator),
         "changes": _changes(parameters, settings),
         "missing": _missing(profile, parameters),
         "batch": batch,
@@ -196,6 +196,8 @@ def rehearse(
     manifest = run.finish({"metrics": metrics})
     found |= {name: manifest[name] for name in ("seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "machine")}
     write_json(run.folder / "rehearsal.json", found)
+    with atomic_write(run.folder / "rehearsal.md") as file:
+        file.write(page(found) + "\n")
     return found
 
 
@@ -203,14 +205,14 @@ def _two_steps(
     settings: TokenizerSettings, base: str, channels: int, train: RandomImages, val: RandomImages, work: Path
 ) -> dict[str, Any]:
     """Train one step, break off, resume, train the second, evaluate, save; returns what was counted and checked."""
-    train.break_off_after = settings.batch_size
+    train.interrupt_after = settings.batch_size
     with count_operations() as operations, KeptForBackward() as kept:
         try:
             launch(train_and_save, 1, settings, base, train, val, work)
         except Interruption:
-            log.info("the first step is done and saved; the rehearsal breaks off here and starts again")
+            log.info("the first step is done and saved; the rehearsal is interrupted here and starts again")
     first, (checkpoint,) = read_log(work), sorted(work.glob("checkpoints/*/step-*"))
-    train.break_off_after = None
+    train.interrupt_after = None
     launch(train_and_save, 1, settings, base, train, val, work)
     rows, state = read_log(work), read_json(checkpoint / "state.json")
     terms = [{name: value for name, value in row.items() if name not in ("step", "seconds", "rate")} for row in rows]
@@ -250,13 +252,18 @@ def _encodes(tokenizer: CodaTokenizer, images: ImageDataset) -> bool:
     return decoded.shape == batch.shape and bool(decoded.isfinite().all())
 
 
-def _stand_ins(parameters: Mapping[str, Any], perceptual: nn.Module | None, critic: nn.Module | None) -> dict[str, str]:
+def _stand_ins(
+    parameters: Mapping[str, Any], perceptual: nn.Module | None, discriminator: nn.Module | None
+) -> dict[str, str]:
     """Network of the profile -> network that stood in for it."""
     rows = {}
     if perceptual is not None and parameters["perceptual_network"] not in ("auto", perceptual.name):
         rows[parameters["perceptual_network"]] = perceptual.name
-    if critic is not None and parameters["discriminator_network"] not in ("auto", critic.name.split("_")[1]):
-        rows[f"discriminator_{parameters['discriminator_network']}"] = critic.name
+    if discriminator is not None and parameters["discriminator_network"] not in (
+        "auto",
+        discriminator.name.split("_")[1],
+    ):
+        rows[f"discriminator_{parameters['discriminator_network']}"] = discriminator.name
     return rows
 
 
@@ -295,7 +302,7 @@ def forecast(
         for rate in tflops
     ]
     in_bfloat16 = parameters["precision"] != "float32" and found["precision"] == "float32"
-    kept = found["kept_for_backward"] * (AUTOCAST_SHARE if in_bfloat16 else 1)
+    kept = found["kept_for_backward"] * (AUTOCAST_FACTOR if in_bfloat16 else 1)
     # In float32: all weights; and of the trained ones the gradient, AdamW's two moments and the average.
     weights = 4 * sum(row["parameters"] + 4 * row["trained"] for row in found["parameters"])
     return {
@@ -317,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", required=True, help="a name in profiles/")
     parser.add_argument("--batch", type=int, default=1, help="images a step (1)")
     parser.add_argument("--tflops", type=float, nargs="+", default=TFLOPS, help="of the GPUs to reckon with (312 989)")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of that in use (0.25)")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="fraction of that in use (0.25)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:

@@ -26,12 +26,12 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     """Encode a data set's images into a folder of shards; goes on where an interrupted call stopped."""
     parser = _parser("encode", encode.__doc__)
     parser.add_argument("dataset", help='"emoji", imagefolder:PATH, folder:PATH or coco:PATH')
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--limit", type=int, help="images, evenly spread (all)")
-    parser.add_argument("--views", type=int, default=1, help="times that each image is encoded, with noise of its own")
-    parser.add_argument("--processes", type=int, default=1, help="on this machine, one a GPU")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes")
-    parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of the data set (train)")
+    parser.add_argument("--limit", type=positive, help="images, evenly spread (all)")
+    parser.add_argument("--views", type=positive, default=1, help="encodings of an image, each with new noise (1)")
+    parser.add_argument("--processes", type=positive, default=1, help="on this machine, one a GPU (1)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise (0)")
     given = parser.parse_args(arguments)
     try:
         settings = CacheSettings(views=given.views, seed=given.seed, batch_size=given.batch_size, workers=given.workers)
@@ -48,8 +48,8 @@ def decode(arguments: Sequence[str] | None = None) -> int:
     """Decode a folder of `codalib encode` into PNG files, IMAGE-VIEW.png."""
     parser = _parser("decode", decode.__doc__)
     parser.add_argument("tokens", type=Path, help="folder of `codalib encode`")
-    parser.add_argument("--levels", type=int, help="decode the first levels alone (all)")
-    parser.add_argument("--limit", type=int, help="images, the first ones (all)")
+    parser.add_argument("--levels", type=positive, help="decode the first levels alone (all)")
+    parser.add_argument("--limit", type=positive, help="images, the first ones (all)")
     given = parser.parse_args(arguments)
     try:
         tokenizer = load_tokenizer(find_model(given.tokenizer))
@@ -70,11 +70,18 @@ def decode(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    """A whole number above 0, of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"codalib {command}", description=description)
     parser.add_argument("--tokenizer", required=True, help='"emoji", "emoji-small", a folder of ours or of the release')
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (64)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time (64)")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return parser
 

@@ -18,7 +18,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 
 from codalib.base.files import atomic_write
-from codalib.base.paths import reports_folder, runs_folder
+from codalib.base.paths import MissingPart, reports_folder, runs_folder
 from codalib.reporting.pages import notebook_page
 from codalib.reporting.tables import clock
 from codalib.workflow.parameters import declared_parameters, validate
@@ -36,13 +36,17 @@ TEXT_PROGRESS = (
 )
 
 
-def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None) -> Path:
+def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None, page: Path | None = None) -> Path:
     """Run the notebook PATH under PROFILE with the values GIVEN on top, and return its page.
+
+    The page is reports/PROFILE/NAME.html unless PAGE names another, outside of profiles.
 
     A notebook with a parameter `output` writes to the folder PROFILE/NAME below `runs_folder()` unless told otherwise.
     Wrong parameters, a failing cell and a dead kernel raise StageError.
     """
     name = path.stem
+    if not path.exists():
+        raise StageError(str(MissingPart(path)))
     notebook = nbformat.read(path, as_version=4)
     declared = declared_parameters(notebook)
     output = {"output": f"{profile}/{name}"} if "output" in declared else {}
@@ -81,9 +85,12 @@ def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None) ->
             "take a smaller batch or close other programs, then run again: it goes on from its last checkpoint.",
             DEAD_KERNEL,
         ) from None
-    page = reports_folder(profile) / f"{name}.html"
+    home, footer = (
+        ("../index.html", f"Notebook {name}.") if page else ("index.html", f"Notebook {name}, profile {profile}.")
+    )
+    page = page or reports_folder(profile) / f"{name}.html"
     with atomic_write(page) as file:
-        file.write(notebook_page(result, name, home="index.html", footer=f"Notebook {name}, profile {profile}."))
+        file.write(notebook_page(result, name, home=home, footer=footer))
     log.info("%s: finished in %s", name, clock(time.monotonic() - started))
     return page
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from codalib.base.paths import project_folder
+from codalib.base.paths import MissingPart, project_folder
 
 STAGES = "stages"  # a profile's list of the notebooks that it runs
 
@@ -23,6 +23,8 @@ def profile_path(profile: str) -> Path:
     """The YAML file of a profile; an unknown profile raises StageError with the known ones."""
     folder = project_folder() / "profiles"
     path = folder / f"{profile}.yaml"
+    if not folder.exists():
+        raise StageError(str(MissingPart(folder)))
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise StageError(f"There is no profile {profile!r}; profiles/ has {known}.")

@@ -34,7 +34,7 @@ def test_tokens_show_their_levels_bits_and_codes_in_use():
     assert len(BeautifulSoup(html, "html.parser")("img")) == 2
 
 
-def test_a_code_has_one_colour_and_a_hidden_one_is_grey():
+def test_a_code_has_one_colour_and_a_masked_one_is_grey():
     colours = display.code_colours(np.array([[0, 1], [1, -1]]))
     assert (colours[0, 1] == colours[1, 0]).all()
     assert not (colours[0, 0] == colours[0, 1]).all()
@@ -63,10 +63,6 @@ def test_a_log_shows_each_term_and_its_curve(tmp_path):
     first, last = re.search(r'points="([^"]*)"', html)[1].split(" ")
     assert float(first.split(",")[1]) < float(last.split(",")[1])  # a falling loss falls, and y counts downwards
     assert "nothing has been logged" in display.log_html(TrainingLog())
-
-
-def test_text_in_a_table_is_escaped():
-    assert "&lt;b&gt;" in display.table(["a"], [("x <b>",)])
 
 
 def test_a_notebook_shows_them_after_importing_codalib_alone():

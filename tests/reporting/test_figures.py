@@ -19,7 +19,7 @@ def test_one_panel_for_each_logged_term():
 
 
 def test_an_empty_log_is_named():
-    with pytest.raises(ValueError, match="no numbers to draw"):
+    with pytest.raises(ValueError, match="expected a log with numbers"):
         figures.training_curves([{"step": 1}])
 
 

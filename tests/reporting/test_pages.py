@@ -2,7 +2,6 @@ import base64
 import re
 
 import nbformat
-import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from nbformat import v4
@@ -98,20 +97,6 @@ def test_formulas_become_mathml():
 def test_a_formula_that_cannot_be_read_is_named():
     with pytest.raises(ValueError, match="x_"):
         pages.markdown("$x_$")
-
-
-def test_tables_escape_text_and_mark_gaps():
-    frame = pd.DataFrame({"name": ["<b>", "a & b"], "value": ["1.5", None], "link": ['<a href="x">x</a>', "<i>"]})
-    soup = BeautifulSoup(
-        pages.table(frame, "A *caption*", prose=["link"], markup=["link"], classes=["", "paper"]), "html.parser"
-    )
-    rows = [[cell.text for cell in row.find_all("td")] for row in soup.tbody.find_all("tr")]
-    assert rows[0][0] == "<b>"
-    assert rows[1][:2] == ["a & b", "–"]  # noqa: RUF001
-    assert soup.find("a")["href"] == "x"
-    assert soup.caption.em.text == "caption"
-    assert soup.select_one("tr.paper")
-    assert [head.get("class") for head in soup.find_all("th")] == [["text"], [], ["prose"]]
 
 
 def test_nested_progress_bars_leave_no_empty_box(notebook):

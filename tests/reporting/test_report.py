@@ -169,7 +169,7 @@ def test_a_verdict_that_no_rule_gives_is_refused(profile, tmp_path):
     manifest = read_json(path)
     manifest["results"]["claims"][0]["verdict"] = "nearly"
     write_json(path, manifest)
-    with pytest.raises(ValueError, match="unknown claim or verdict"):
+    with pytest.raises(ValueError, match="expected a known claim and verdict"):
         report.build(profile)
 
 

@@ -3,12 +3,14 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 
 from codalib.experiments.paper import TABLE_1, TABLE_2, TABLE_3
 from codalib.experiments.statistics import claim_verdict, over_seeds
 from codalib.reporting.tables import (
     beside_paper,
     clock,
+    html_table,
     label,
     markdown_table,
     number,
@@ -102,12 +104,12 @@ def test_labels_tell_the_papers_columns_apart():
         (65536, {}, "65,536"),
         (3.0, {}, "3"),
         (-1.23612, {}, "-1.24"),
-        (0.051, {"share": True}, "5.1 %"),
-        (1.0, {"share": True}, "100 %"),
+        (0.051, {"fraction": True}, "5.1 %"),
+        (1.0, {"fraction": True}, "100 %"),
         (22.2, {"spread": 0.314}, "22.2 ± 0.31"),
-        (0.5, {"share": True, "spread": 0.01}, "50 ± 1 %"),
+        (0.5, {"fraction": True, "spread": 0.01}, "50 ± 1 %"),
         (None, {}, ""),
-        (math.nan, {"share": True}, ""),
+        (math.nan, {"fraction": True}, ""),
         (np.bool_(True), {}, "yes"),
         ("attention", {}, "attention"),
         (0, {}, "0"),
@@ -170,3 +172,18 @@ def test_verdicts_are_shown_whole_without_empty_columns():
     assert "setting" not in page
     assert "setting" in verdicts([claim_verdict("ladder", [1.0], "x", setting="paper's setting")]).to_html()
     assert verdicts([]).to_html()
+
+
+def test_an_aligned_markdown_table_has_columns_of_one_width():
+    lines = markdown_table(pd.DataFrame({"name": ["a", "long"], "n": ["1", ""]}), aligned=True).splitlines()
+    assert lines == ["| name | n   |", "| ---- | --- |", "| a    | 1   |", "| long |     |"]
+
+
+def test_html_tables_escape_text_and_mark_gaps():
+    frame = pd.DataFrame({"name": ["<b>", "a & b"], "value": ["1.5", None], "link": ['<a href="x">x</a>', "<i>"]})
+    soup = BeautifulSoup(html_table(frame, prose=["link"], markup=["link"]), "html.parser")
+    rows = [[cell.text for cell in row.find_all("td")] for row in soup.tbody.find_all("tr")]
+    assert rows[0][0] == "<b>"
+    assert rows[1][:2] == ["a & b", "–"]  # noqa: RUF001
+    assert soup.find("a")["href"] == "x"
+    assert [head.get("class") for head in soup.find_all("th")] == [["text"], None, ["prose"]]

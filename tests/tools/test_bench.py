@@ -1,21 +1,28 @@
-"""The benchmark: what it compares computes the same, its memory is right, it resumes, and its page stands alone."""
+"""The benchmark: what it compares computes the same, its memory is right, it resumes, its page names its run."""
 
 import re
 import subprocess
 import warnings
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from codalib.base.files import read_json
+from codalib.base.files import read_json, write_json
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.quantizer import ResidualAttentionQuantizer
+from codalib.reporting import bench as shown
+from codalib.reporting.bench import STEP_EXPONENTIALS, STEP_PRODUCTS, rates_in_words, read_bench, sweeps, which_run
 from codalib.tools import bench, bench_cases
-from codalib.tools.bench import BACKENDS, CODES, plan, run
-from codalib.tools.bench_cases import Case, bare_products, released_forward, workload
-from codalib.tools.bench_page import write_page
+from codalib.tools.bench import BACKENDS, CODES, plan, run, write_rows
+from codalib.tools.bench_cases import (
+    EXPONENTIALS_A_LOGIT,
+    PRODUCTS_A_LOGIT,
+    Case,
+    bare_products,
+    released_forward,
+    workload,
+)
 
 
 def test_the_released_algorithm_computes_the_same_values_and_gradients():
@@ -113,6 +120,9 @@ def test_quick_measures_in_processes_of_their_own_and_resumes(monkeypatch, tmp_p
     manifest = read_json(tmp_path / "page" / "manifest.json")
     assert manifest["state"] == "finished"
     assert manifest["machine"]["cores"] >= 1
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "Measured on " in text
+    assert not re.search(r'(src|href)="(?!data:|#|\.\./index)', text)
 
     def again(*_):
         raise AssertionError("measured again")
@@ -141,33 +151,47 @@ def measured(case):
     return row | {"state": "measured", "seconds": seconds, "slowest_seconds": seconds, "peak_bytes": memory, "load": 1}
 
 
-def test_the_page_stands_alone_and_says_that_there_was_no_gpu(tmp_path):
-    results = write_page([measured(case) for case in plan()], tmp_path)
-    text = (tmp_path / "index.html").read_text()
-    assert "No GPU was at hand" in text
-    assert not re.search(r'(src|href)="(?!data:|#)', text)
-    assert "not run: it would take about 34 GB" in text
-    assert "<em>tiled</em> grows by 2.0 KiB a token" in text
-    assert "plain: time x" in text
-    names = {file.stem for file in tmp_path.glob("*.png")}
-    assert {"cpu_step_codes_4", "cpu_step_roofline_4", "cpu_step_tokens_65536", "cpu_encode_codes_4"} <= names
-    assert (
-        names == {file.stem for file in tmp_path.glob("*.svg")} == {Path(row["png"]).stem for row in results["figures"]}
-    )
-    assert "Compiling took 9 s" in text
-    assert "<strong>5.00x faster, " in text
-    table = pd.read_csv(tmp_path / "results.csv")
-    row = table[(table["implementation"] == "tiled") & (table["codes"] == 16384) & (table["batch"] == 4)].iloc[0]
+def write_run(folder, cases, gpu=None):
+    results = write_rows([measured(case) for case in cases], folder)
+    machine = {"processor": "a processor", "cores": 2, "memory_bytes": 2**33, "gpu": gpu}
+    state = {"started": "2026-01-02T03:04", "commit": "abc", "dirty": False, "parameters": {"repeats": 3}}
+    write_json(folder / "manifest.json", state | {"machine": machine, "versions": {"python": "3", "torch": "2"}})
+    assert all((folder / row["file"]).is_file() for row in results["tables"])
+    return read_bench(folder)
+
+
+def test_what_is_written_is_read_with_its_floors(tmp_path):
+    frame, rates, manifest = write_run(tmp_path, plan())
+    row = frame[(frame["implementation"] == "tiled") & (frame["codes"] == 16384) & (frame["batch"] == 4)].iloc[0]
     logits = 2720 * 16384
     assert row["floor_seconds"] == pytest.approx(2 * (4 * 32 + 16) * logits / 1e11 + 3 * logits / 2e9, rel=1e-4)
+    assert (PRODUCTS_A_LOGIT["step"], EXPONENTIALS_A_LOGIT["step"]) == (STEP_PRODUCTS, STEP_EXPONENTIALS)
+    assert "Compiling took 9 s" in rates_in_words(rates.loc["cpu"])
+    sentence = which_run(manifest)
+    assert all(part in sentence for part in ("2026-01-02", "a processor", "no GPU number exists", "commit abc;"))
 
 
-def test_the_page_of_a_gpu_has_its_figures(tmp_path):
+def test_the_tables_hold_the_ratios_and_say_what_is_missing(tmp_path):
+    frame, _, _ = write_run(tmp_path, plan())
+    assert "**5.00x faster, " in shown.at_a_glance(frame)
+    found = {(title, x): rows for title, x, rows in sweeps(frame)}
+    over_codes = found["Forward and backward, MAR scales, over codes, 4 images", "codes"]
+    table = shown.ratios(over_codes).set_index(["codes", "implementation"])
+    assert table.loc[("262,144", "released algorithm"), "seconds"] == "not run: it would take about 34 GB"
+    assert table.loc[("16,384", "tiled"), "plain: time x"] == "5.00"
+    over_tokens = found["Forward and backward, MAR scales, over tokens, 65,536 codes", "tokens"]
+    slopes = shown.memory_a_token(over_tokens).set_index("implementation")["KiB a token"]
+    assert (slopes["tiled"], slopes["one row of 65,536 logits"]) == ("2.0", "256")
+    assert len(shown.all_cases(frame)) == len(frame)
+
+
+def test_a_gpu_has_its_implementation_and_its_single_size(tmp_path):
     cases = [case for case in plan(("cuda",)) if case.scales == "FLUX" or case.task in ("rates", "compiling")]
-    write_page([measured(case) for case in cases], tmp_path)
-    text = (tmp_path / "index.html").read_text()
-    assert "No GPU" not in text
-    assert "<em>triton</em>" in text
+    frame, _, manifest = write_run(tmp_path, cases, gpu="a GPU")
+    assert "GPU: a GPU" in which_run(manifest)
+    assert "*triton*" in shown.at_a_glance(frame)
+    ((title, x, rows),) = sweeps(frame)
+    assert (title, x, len(rows)) == ("Forward and backward, FLUX scales", "", 5)
 
 
 def test_the_step_and_the_encoding_run_through_every_implementation():

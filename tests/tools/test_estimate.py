@@ -34,7 +34,7 @@ def test_scales_rise_to_the_latent_grid(side):
 def test_scales_are_the_releases_where_it_has_them():
     assert (scales_for(16), scales_for(32)) == (MAR_SCALES, FLUX_SCALES)
     assert scales_for(8) == (1, 2, 3, 4, 5, 6, 7, 8, 8, 8)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="1 or more, got 0"):
         scales_for(0)
 
 

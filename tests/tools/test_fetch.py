@@ -22,9 +22,13 @@ TOKEN = "hf_of_this_test"
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `server.files` {path: bytes} with ranges; what else it does is in the server's own attributes."""
 
+    def do_HEAD(self):  # what huggingface_hub asks before a download
+        self.do_GET()
+
     def do_GET(self):
         server = self.server
-        server.requests.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
+        asked = server.asked if self.command == "HEAD" else server.requests
+        asked.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
         if self.path in server.sent_on:
             self.send_response(302)
             self.send_header("Location", server.sent_on[self.path])
@@ -54,6 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
         self.end_headers()
+        if self.command == "HEAD":
+            return
         rest = content[start:]
         if server.breaks:
             server.breaks -= 1
@@ -66,7 +72,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def make_server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.sent_on, server.linked, server.gated, server.requests = {}, {}, {}, set(), []
+    server.files, server.sent_on, server.linked, server.gated = {}, {}, {}, set()
+    server.requests, server.asked = [], []  # GET and HEAD: (path, range, authorization)
     server.breaks, server.ranges = 0, True
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -174,7 +181,7 @@ def test_a_whole_part_needs_nothing_more(network, server, weights):
 def test_a_wrong_checksum_is_refused_and_removed(network, server, weights):
     server.files[f"/{network.file}"] = b"another file"
     (problem,) = fetch.fetch("tiny")
-    assert f"expected one that begins with {SHA256[:8]}" in problem
+    assert f"expected a SHA-256 that begins with {SHA256[:8]}" in problem
     assert files_in(weights) == []
 
 
@@ -182,11 +189,11 @@ def test_a_damaged_file_is_noticed_later(network, weights):
     fetch.fetch("tiny")
     (weights / network.file).write_bytes(CONTENT[:-1])
     (problem,) = fetch.fetch("tiny")
-    assert f"expected {SHA256}" in problem
+    assert f"expected the SHA-256 {SHA256}," in problem
     assert "remove it and run again" in problem
     (weights / fetch.CHECKSUMS).unlink()  # then the name alone tells
     (problem,) = fetch.fetch("tiny")
-    assert f"expected {SHA256[:8]}..." in problem
+    assert f"expected the SHA-256 {SHA256[:8]}...," in problem
 
 
 def test_a_file_put_there_by_hand_is_taken_up(network, server, weights):

@@ -52,7 +52,7 @@ def test_a_rehearsal_of_a_papers_profile_on_a_tiny_vae(nothing_here, monkeypatch
     assert first["adversarial_factor"] == 0 < second["adversarial_factor"]  # the ramp
     assert math.isfinite(second["val_psnr"])
     folder = nothing_here / "runs" / profile / "rehearsal"
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "rehearsal.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "rehearsal.json", "rehearsal.md"]
     assert read_json(folder / "rehearsal.json")["operations"] == found["operations"]
     assert read_json(folder / "manifest.json")["state"] == "finished"
 
@@ -75,6 +75,7 @@ def test_a_rehearsal_of_a_papers_profile_on_a_tiny_vae(nothing_here, monkeypatch
     assert hours == pytest.approx({n: work * 64 * n / (100e12 * 0.5) / 3600 for n in (25_020, 50_000)})
 
     text = page(found)
+    assert (folder / "rehearsal.md").read_text() == text + "\n"
     assert "RANDOM WEIGHTS: those of kl16 are not here." in text
     assert "STAND-IN: perceptual_effnet for perceptual_vgg" in text
     assert "STAND-IN: discriminator_effnet for discriminator_dino" in text
@@ -129,12 +130,12 @@ def test_the_settings_are_the_profiles_but_for_what_is_said(profile, nothing_her
     assert bool(missing["folders"]) == parameters["dataset"].startswith("imagefolder:")
 
 
-def test_random_images_are_seeded_and_break_off():
+def test_random_images_are_seeded_and_are_interrupted():
     one, same, other = (rehearse.RandomImages(8, seed, "random") for seed in (0, 0, 1))
     assert torch.equal(one[3]["image"], same[3, 99]["image"])
     assert not torch.equal(one[3]["image"], other[3]["image"])
     assert one[3]["image"].abs().max() <= 1
-    one.break_off_after = one.handed_out + 1
+    one.interrupt_after = one.handed_out + 1
     one[0]
     with pytest.raises(rehearse.Interruption):
         one[1]

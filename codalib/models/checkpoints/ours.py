@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from codalib.base.files import atomic_folder, atomic_write, write_json
+from codalib.base.paths import embedded
 from codalib.models.adapters import add_adapters
 from codalib.models.checkpoints.names import EMBEDDED_GENERATORS, EMBEDDED_TOKENIZERS, EMOJI_VAE, PUBLISHED_VAES
 from codalib.models.maskgit import MaskGIT
@@ -47,7 +48,7 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
     Raises:
         ValueError: nothing loadable under that name; the message says what was looked for.
     """
-    source = EMOJI_VAE if name == "emoji" else name
+    source = embedded(EMOJI_VAE) if name == "emoji" else name
     if name in PUBLISHED_VAES:
         try:
             source = find_weights(str(name))
@@ -60,10 +61,6 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
     if is_local and not (folder / "config.json").exists():
         raise ValueError(
             f"{folder} holds no config.json: expected a folder written by diffusers' AutoencoderKL.save_pretrained"
-        )
-    if name == "emoji" and not is_local:
-        raise ValueError(
-            f"{EMOJI_VAE} is missing: restore it from the repository or train it with notebooks/00_pretrain_vae.ipynb"
         )
     if not is_local and subfolder is None and len(parts := str(source).split("/")) > 2:
         source, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
@@ -145,7 +142,8 @@ def save_tokenizer(tokenizer: CodaTokenizer, folder: str | Path, base: str | Pat
 
 def load_saved_tokenizer(folder: str | Path, vae: str | Path | None = None, backend: str = "auto") -> CodaTokenizer:
     """`CodaTokenizer.from_pretrained`."""
-    folder = EMBEDDED_TOKENIZERS.get(str(folder), Path(folder))
+    known = EMBEDDED_TOKENIZERS.get(str(folder))
+    folder = embedded(known) if known else Path(folder)
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by CodaTokenizer.save_pretrained")
     config = json.loads((folder / CONFIG).read_text())
@@ -178,7 +176,8 @@ def save_maskgit(model: MaskGIT, folder: str | Path, dtype: str = "float32") -> 
 
 def load_maskgit(folder: str | Path) -> MaskGIT:
     """`MaskGIT.from_pretrained`: a saved folder or one of `EMBEDDED_GENERATORS` by its name; float32, frozen."""
-    path = EMBEDDED_GENERATORS.get(str(folder), Path(folder).expanduser())
+    known = EMBEDDED_GENERATORS.get(str(folder))
+    path = embedded(known) if known else Path(folder).expanduser()
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
         raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
     config, state = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)

@@ -1,4 +1,4 @@
-// A picture whose cells can be pointed at, or on which a box can be dragged; see codalib/widgets.py.
+// A picture whose cells can be pointed at, or on which a box can be dragged; see codalib/reporting/widgets.py.
 // The keyboard does the same: arrows move the cell or the box, with Shift they change the box's size.
 const STEP = 1 / 16; // of the side, for the keyboard
 

@@ -1,0 +1,79 @@
+"""`codalib encode` and `codalib decode`: resumed, checked against the tokenizer, the same pictures as its own."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from codalib.datasets.token_cache import TokenCache
+from codalib.models.checkpoints import load_tokenizer
+from codalib.models.tokens import split_levels
+from codalib.reporting.display import to_bytes
+from codalib.tools import tokens
+
+LIMIT = 6
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens") / "emoji"
+    assert encode(folder) == 0
+    return folder
+
+
+def encode(folder, *more):
+    common = ["emoji", "--tokenizer", "emoji-small", "--out", str(folder), "--batch-size", "4", "--limit", str(LIMIT)]
+    return tokens.encode([*common, *more])
+
+
+def decode(folder, out, *more, tokenizer="emoji-small"):
+    return tokens.decode([str(folder), "--tokenizer", tokenizer, "--out", str(out), "--batch-size", "4", *more])
+
+
+def test_encode_writes_every_image_and_goes_on_where_it_stopped(encoded, caplog):
+    cache = TokenCache.open(encoded)
+    tokenizer = load_tokenizer("emoji-small")
+    assert cache.indices.shape == (LIMIT, tokenizer.num_tokens)
+    assert cache.codebook_size == tokenizer.quantizer.codebook_size
+    (shard,) = (encoded / "shards").iterdir()
+    written, time = shard.read_bytes(), shard.stat().st_mtime_ns
+    assert encode(encoded) == 0
+    assert shard.stat().st_mtime_ns == time  # it was there: not encoded again
+    shard.unlink()
+    assert decode(encoded, encoded.parent / "none") == 1
+    assert "lacks 1 of its 1 shards" in caplog.text
+    assert encode(encoded) == 0
+    assert shard.read_bytes() == written
+    assert encode(encoded, "--seed", "1") == 1  # other settings, another folder
+
+
+def test_decode_writes_what_the_tokenizer_decodes(encoded, tmp_path):
+    assert decode(encoded, tmp_path / "all") == 0
+    assert decode(encoded, tmp_path / "some", "--limit", "2", "--levels", "3") == 0
+    cache, tokenizer = TokenCache.open(encoded), load_tokenizer("emoji-small")
+    with torch.inference_mode():
+        levels = split_levels(cache.batch(range(LIMIT))["tokens"], cache.scales)
+        expected = {"all": tokenizer.decode(levels), "some": tokenizer.decode(levels, 3)[:2]}
+    for name, images in expected.items():
+        files = sorted((tmp_path / name).iterdir())
+        assert [file.name for file in files] == [f"{number:08d}-0.png" for number in range(len(images))]
+        for file, image in zip(files, images, strict=True):
+            difference = np.asarray(Image.open(file)).astype(int) - to_bytes(image)
+            assert np.abs(difference).max() <= 1  # a batch of another size may round otherwise
+
+
+def test_what_does_not_fit_is_one_sentence(encoded, tmp_path, caplog):
+    assert decode(encoded, tmp_path / "out", tokenizer="emoji") == 1
+    assert "were made by the tokenizer" in caplog.text
+    assert not (tmp_path / "out").exists()
+    assert decode(tmp_path, tmp_path / "out") == 1
+    assert "holds no token cache" in caplog.text
+    assert decode(encoded, tmp_path / "out", "--levels", "99") == 1
+    assert encode(tmp_path / "other", "--tokenizer", "no such tokenizer") == 1
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--limit", "--views"])
+def test_a_count_below_one_is_refused(tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        encode(tmp_path, option, "0")
+    assert "expected a whole number above 0, got '0'" in capsys.readouterr().err
