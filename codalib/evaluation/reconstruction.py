@@ -107,8 +107,8 @@ def evaluate(
     """Evaluate a tokenizer's or a continuous VAE's reconstructions of every image of a data set, once.
 
     Process RANK of WORLD_SIZE does its part, and each returns the metrics of the whole. The posterior is sampled, as
-    the release does, with noise that depends on the seed and the image alone: the numbers change neither with the number
-    of processes nor with the batch. The metrics are moved to the model's device.
+    the release does, with noise that depends on the seed and the image alone: the numbers change neither with the
+    number of processes nor with the batch. The metrics are moved to the model's device.
     """
     device = next(model.parameters()).device
     metrics.to(device)
