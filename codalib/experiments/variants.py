@@ -1,14 +1,22 @@
 """Tokenizers that are compared: of those that differ in one thing each (Table 4) and of other methods (Figure 1c)."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from codalib.experiments.sweeps import BEST, GENERATORS, PAPER, VARIANTS, read_rows
+import pandas as pd
+from torch import Tensor
+
+from codalib.base.processes import launch
+from codalib.datasets.images import ImageDataset
+from codalib.experiments.sweeps import BEST, GENERATORS, PAPER, VARIANTS, read_rows, sweep, write_rows
 from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.training.settings import SCRATCH, TokenizerSettings
+from codalib.training.quantizer import fit_quantizer
+from codalib.training.settings import SCRATCH, FitSettings, TokenizerSettings
+from codalib.training.tokenizer import train_and_save
 from codalib.training.trainer import read_log
 
 BASE = "base"
@@ -63,6 +71,99 @@ def baseline_tokenizers(
         "VQGAN-style": replace(settings, adapters=SCRATCH, steps=longer * settings.steps, **nearest),
         "VQ": replace(frozen, **nearest),
     } | {LIBRARY_KINDS[kind]: replace(frozen, kind=kind, scales=side * levels, entropy_weight=0.0) for kind in kinds}
+
+
+@dataclass(frozen=True)
+class TokenizerTrials:
+    """Trains the tokenizers that are compared: of one VAE, on the same images, each after the same start on latents.
+
+    What an interrupted run has finished is not trained again.
+    """
+
+    vae: str  # as `load_vae` takes it
+    train: ImageDataset
+    val: ImageDataset
+    folder: Path  # of the run
+    fit: FitSettings
+    latents: Tensor | None  # (N, C, H, W) of the training images; None: no start on latents
+    processes: int
+
+    def variants(
+        self, variants: Mapping[str, TokenizerSettings], learning_rates: Sequence[float], seeds: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """The rows of `sweep` for each of `tokenizer_variants`, written as `VARIANTS` too."""
+
+        def train(name: str, settings: TokenizerSettings, rate: float, seed: int) -> dict[str, Any]:
+            own = replace(settings, learning_rate=rate, seed=seed)
+            start = f"{own.codebook_size}-{own.norm}-seed-{seed}"
+            place, log = self._train(name, own, start, max(1, self.fit.fit_steps // 20))
+            scores = {key.removeprefix("val_"): value for key, value in log[-1].items() if key.startswith("val_")}
+            cost = {"seconds": log[-1]["seconds"], "train_error": pixel_error(log, own)}
+            return variant_row(name, own, place) | cost | scores
+
+        return self._sweeps(train, variants, learning_rates, seeds, papers=variants)
+
+    def baselines(
+        self,
+        methods: Mapping[str, TokenizerSettings],
+        learning_rates: Sequence[float],
+        seeds: Sequence[int],
+        operations: Mapping[str, int],
+    ) -> list[dict[str, Any]]:
+        """The rows of `sweep` for each of `baseline_tokenizers`, written as `VARIANTS` too.
+
+        `operations` are those of one image's training, by method.
+        """
+
+        def train(name: str, settings: TokenizerSettings, rate: float, seed: int) -> dict[str, Any]:
+            own = replace(settings, learning_rate=rate, seed=seed)
+            place, log = self._train(name, own, f"{own.kind}-{len(own.scales)}-seed-{seed}", own.log_every)
+            return variant_row(name, own, place) | {
+                "steps": own.steps,
+                "seconds": log[-1]["seconds"],
+                "tokens": sum(p * p for p in own.scales),
+                "operations_a_step": own.batch_size * own.accumulation * self.processes * operations[name],
+                "train_error": pixel_error(log, own),
+                "val_psnr": log[-1]["val_psnr"],
+            }
+
+        return self._sweeps(train, methods, learning_rates, seeds, papers=BUDGET)
+
+    def _train(
+        self, name: str, own: TokenizerSettings, start: str, log_every: int
+    ) -> tuple[str, list[dict[str, float]]]:
+        """One tokenizer after its START on latents; returns where it lies below the run's folder, and its log."""
+        quantizer = None
+        if self.latents is not None and own.adapters != SCRATCH:
+            settings = self.fit.quantizer(own, log_every)
+            quantizer = fit_quantizer(settings, self.latents, self.folder / "fits" / start)
+        place = f"{name.replace(', ', '-').replace(' ', '-')}-rate-{own.learning_rate:g}-seed-{own.seed}"
+        arguments = own, self.vae, self.train, self.val, self.folder / place, quantizer
+        launch(train_and_save, self.processes, *arguments)
+        return f"{place}/tokenizer", read_log(self.folder / place)
+
+    def _sweeps(
+        self,
+        train: Callable[[str, TokenizerSettings, float, int], dict[str, Any]],
+        methods: Mapping[str, TokenizerSettings],
+        learning_rates: Sequence[float],
+        seeds: Sequence[int],
+        papers: Sequence[str] | Mapping[str, Any],
+    ) -> list[dict[str, Any]]:
+        """PAPERS are the methods that are trained with the other seeds at the paper's learning rate too."""
+        rows = []
+        for name, own in methods.items():
+            paper = TokenizerSettings.learning_rate if name in papers else None
+            rows += sweep(partial(train, name, own), learning_rates, seeds, "train_error", paper)
+        write_rows(rows, self.folder, VARIANTS)
+        return rows
+
+
+def trials_table(rows: Sequence[dict[str, Any]], *without: str) -> pd.DataFrame:
+    """What `TokenizerTrials` trained, as a table; the columns WITHOUT and the paths left out."""
+    table = pd.DataFrame(rows).drop(columns=["tokenizer", *without])
+    table["settings"] = table["settings"].map(", ".join)
+    return table
 
 
 def variant_row(name: str, settings: TokenizerSettings, tokenizer: str | Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from codalib.base.files import read_json, write_json
 from codalib.base.paths import project_folder
 from codalib.pretrained.registry import NETWORKS, Network, find_weights, has_weights, weights_folder
-from codalib.workflow.profiles import StageError, profile_path, profile_section
+from codalib.workflow.profiles import StageError, profile_path, profile_section, profile_stages
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +63,14 @@ class NotThere(FetchError):
 
 # --- what a profile needs ---------------------------------------------------------------------------------------------
 def needed(profile: str) -> list[str]:
-    """The networks that PROFILE names anywhere, in the registry's order; the paper's VAEs and tokenizers bring the
+    """The networks that the stages of PROFILE name, in the registry's order; the paper's VAEs and tokenizers bring the
     networks of its losses and metrics with them.
 
     Raises StageError for an unknown profile.
     """
     profile_path(profile)  # an unknown one stops here, with the known ones named
     notebooks = sorted(path.stem for path in (project_folder() / "notebooks").glob("*.ipynb"))
-    values = {text for name in notebooks for text in _texts(profile_section(profile, name))}
+    values = {text for name in profile_stages(profile, notebooks) for text in _texts(profile_section(profile, name))}
     names = {name for name, network in NETWORKS.items() if values & {name, network.file}}
     names |= {name for other, name in OTHER_NAMES.items() if other in values}
     if names & set(PUBLISHED):

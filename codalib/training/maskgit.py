@@ -1,6 +1,8 @@
 """The generator's training stage: MaskGIT on cached tokens, by class or by caption (Eq. 12 of arXiv:2503.17760)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,15 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from codalib.base.processes import launch
 from codalib.base.seeds import sample_generators
 from codalib.datasets.text import CaptionTable, TextEncoder, build_text_encoder
-from codalib.datasets.token_cache import TokenCache
+from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_dataset, check_generator
+from codalib.models.checkpoints import find_model
 from codalib.models.maskgit import Condition, MaskGIT
 from codalib.models.masks import sample_mask
-from codalib.training.settings import MaskGITSettings
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.training.settings import EncodingSettings, MaskGITSettings
 from codalib.training.trainer import Stage, Trainer
 
 SCORED_ROWS = 16_384  # masked tokens whose logits are held at once in validation
@@ -168,6 +173,47 @@ def train_and_save(
     if state.is_main_process:
         model.save_pretrained(Path(folder) / "generator", dtype)
     state.wait_for_everyone()
+
+
+def encode_splits(
+    tokenizer: str,
+    dataset: str,
+    folders: tuple[Path, Path],
+    limits: tuple[int | None, int | None],
+    encoding: EncodingSettings,
+    settings: MaskGITSettings,
+    processes: int,
+) -> None:
+    """Encode the training and the validation images of a data set, on so many processes, into two token caches.
+
+    `tokenizer` and `dataset` are what `cache_dataset` takes; `folders` and `limits` (images; None: all) are the
+    training's and the validation's.
+    """
+    plain = CacheSettings(seed=settings.seed, workers=settings.workers)
+    views = replace(plain, views=encoding.views, flip=encoding.flip)
+    train = tokenizer, dataset, "train", folders[0], limits[0], encoding.random_crop
+    launch(partial(cache_dataset, settings=views), processes, *train)
+    launch(partial(cache_dataset, settings=plain), processes, tokenizer, dataset, "val", folders[1], limits[1])
+
+
+def find_start(start: str | None, tokenizer: CodaTokenizer) -> str | None:
+    """Where the MaskGIT to go on from lies; CacheMismatch where it was trained on another tokenizer's tokens."""
+    if start is None:
+        return None
+    place = find_model(start)
+    check_generator(MaskGIT.from_pretrained(place), tokenizer)
+    return place
+
+
+def last_metrics(log: Sequence[dict[str, float]], model: MaskGIT) -> dict[str, float]:
+    """The last validation of a training log, the time that it took (seconds), and the model's size."""
+    last = last_validation(log)
+    metrics = {name: last[name] for name in ("val_loss", "val_accuracy")} | {"training_seconds": log[-1]["seconds"]}
+    return metrics | {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def last_validation(log: Sequence[dict[str, float]]) -> dict[str, float]:
+    return next(row for row in reversed(log) if "val_loss" in row)
 
 
 def condition_from(

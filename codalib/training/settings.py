@@ -1,11 +1,15 @@
-"""The settings of the training stages, each default stated once, with its unit and source."""
+"""The settings of the training stages: each default stands here alone, with its unit and source.
+
+Sources: the paper (arXiv:2503.17760, section 5.1), the authors' released code ("release"), MaskGIT (arXiv:2202.04200);
+without one the value is ours. A notebook takes any field by name, as a parameter of its own or in `settings`.
+"""
 
 import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 
-from codalib.datasets.token_cache import TokenCache
+from codalib.datasets.token_cache import CacheSettings, TokenCache
 from codalib.models.adapters import ADAPTED_LAYERS
 from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.loss_weights import LossWeights
@@ -22,27 +26,27 @@ class LoopSettings:
     steps: int  # optimiser steps
     batch_size: int  # images a process and micro-batch
     accumulation: int = 1  # micro-batches a step
-    learning_rate: float = 5e-4
-    warmup_steps: int = 0  # linear, before the cosine
-    final_learning_rate: float = 0.0  # at the cosine's end, as a share of learning_rate
-    weight_decay: float = 0.005
-    betas: tuple[float, float] = (0.5, 0.9)
-    clip: float = 10.0  # gradient norm
-    ema: float = 0.9999  # decay of the weights' average, ramped as (1 + step) / (10 + step); 0: none
+    learning_rate: float = 5e-4  # of all AdamW optimisers, before the cosine (paper)
+    warmup_steps: int = 0  # linear, before the cosine (release)
+    final_learning_rate: float = 0.0  # at the cosine's end, as a fraction of learning_rate (release)
+    weight_decay: float = 0.005  # of the quantizer and the adapters (release)
+    betas: tuple[float, float] = (0.5, 0.9)  # of AdamW (release)
+    clip: float = 10.0  # largest norm of the gradients (release)
+    ema: float = 0.9999  # decay of the weights' average, ramped as (1 + step) / (10 + step) (release); 0: none
     ema_start: int = 0  # steps before the average begins; until then it is the weights themselves
     precision: str = "auto"  # "auto" (bfloat16 where the hardware multiplies it), "float32" or "bfloat16"
-    seed: int = 0
-    workers: int = 0  # data loading processes
-    log_every: int = 10  # steps
-    checkpoint_every: int = 500  # steps
-    evaluate_every: int = 0  # steps; 0: only at the end
+    seed: int = 0  # of everything random
+    workers: int = 0  # processes that load images
+    log_every: int = 10  # steps between lines of the log
+    checkpoint_every: int = 500  # steps between checkpoints
+    evaluate_every: int = 0  # steps between validations; 0: only at the end
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"precision is {self.precision!r}, expected 'auto', 'float32' or 'bfloat16'")
+            raise ValueError(f"expected precision 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
 
     def fingerprint(self, **inputs) -> str:
         """Changes with everything that changes the result, so that a checkpoint is never resumed by another run."""
@@ -74,19 +78,18 @@ class PretrainSettings(LoopSettings):
 class QuantizerSettings(LoopSettings):
     """Settings of `fit_quantizer`; the defaults are the release's for MAR with 65,536 codes."""
 
-    kind: str = (
-        "attention"  # "attention" (CODA), "nearest" (the VQ baseline) or one of codalib.models.library_quantizers
-    )
-    codebook_size: int = 65536  # K
-    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each level; the last is the latent grid's
+    kind: str = "attention"  # Eq. 7 (paper); "nearest" (the VQ baseline) or one of models.library_quantizers
+    codebook_size: int = 65536  # K (paper, Table 2)
+    # The side of each level, the last the latent grid's: 680 tokens (release; the paper says only 10 levels).
+    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     start: str = "random"  # of the codes: "random" (standard normal) or "data" (features of the training latents)
-    attention_dim: int = 32  # D
-    norm: str | None = "rms"  # "rms", "layer" or None
-    beta: float = 0.05  # of the commitment term, Eq. 10
-    entropy_temperature: float = 0.01
-    backend: str = "auto"  # of the assignment
-    quantization_weight: float = 1.0
-    entropy_weight: float = 0.05
+    attention_dim: int = 32  # D, the width of queries and keys (release)
+    norm: str | None = "rms"  # of queries and keys: "rms" (paper, Table 4c), "layer" or None
+    beta: float = 0.05  # of the commitment term, Eq. 10 (release)
+    entropy_temperature: float = 0.01  # of the softmax in the entropy term (release)
+    backend: str = "auto"  # of the assignment: "auto", "reference", "tiled", "compiled" or "triton"
+    quantization_weight: float = 1.0  # of the quantization term, Eq. 10-11 (release)
+    entropy_weight: float = 0.05  # of the entropy term (release)
 
     def build_quantizer(self, latent_channels: int) -> ResidualQuantizer:
         """A fresh quantizer of these settings."""
@@ -103,16 +106,21 @@ class QuantizerSettings(LoopSettings):
 class TokenizerSettings(QuantizerSettings):
     """Settings of `train_tokenizer`; the defaults are the release's for MAR (paper section 5.1, Eq. 9)."""
 
-    adapters: str = "both"  # part of the VAE that is adapted: "both", "encoder", "decoder", "none"; see also SCRATCH
-    rank: int = 32  # of the adapters
-    adapted_layers: tuple[str, ...] = ADAPTED_LAYERS  # a convolution is adapted when its name contains one of these
-    l1_weight: float = 0.2
-    l2_weight: float = 1.0
-    perceptual_weight: float = 1.0
-    adversarial_weight: float = 1.0  # times the adaptive weight and the ramp
-    perceptual_network: str | None = "auto"  # "perceptual_vgg" (LPIPS), "perceptual_effnet" or what is here
-    discriminator_network: str | None = "auto"  # "dino", "effnet" or what is here
-    discriminator_weight_decay: float = 0.0005
+    adapters: str = "both"  # adapted part of the VAE (paper): "both", "encoder", "decoder", "none"; see also SCRATCH
+    rank: int = 32  # of the adapters (paper)
+    adapted_layers: tuple[str, ...] = ADAPTED_LAYERS  # parts of the adapted convolutions' names (release, for MAR)
+    l1_weight: float = 0.2  # of the absolute error of the pixels (release)
+    l2_weight: float = 1.0  # of their squared error (release)
+    perceptual_weight: float = 1.0  # (release); 0 leaves the network unloaded
+    adversarial_weight: float = 1.0  # times the adaptive weight and the ramp (release); 0 leaves the network unloaded
+    perceptual_network: str | None = "auto"  # "perceptual_vgg" (LPIPS: paper), "perceptual_effnet" or what is here
+    discriminator_network: str | None = "auto"  # "dino" (paper), "effnet" or what is here
+    discriminator_weight_decay: float = 0.0005  # (release)
+
+    def check_grid(self, side: int) -> None:
+        """Raise ValueError where the last level is not the latent grid, which has this side."""
+        if self.scales[-1] != side:
+            raise ValueError(f"expected scales that end with {side}, the latent grid's side, got {self.scales}")
 
     @property
     def weights(self) -> LossWeights:
@@ -126,6 +134,37 @@ class TokenizerSettings(QuantizerSettings):
         )
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """The start of a tokenizer's quantizer on latents alone, before the images (ours; the paper has none)."""
+
+    fit_steps: int = 0  # optimiser steps; 0: no such start, as in the paper
+    fit_batch_size: int = 16  # latents a step
+    fit_learning_rate: float = 0.005  # before the cosine
+    fit_entropy_weight: float = 0.05  # of the entropy term, where the quantization term has weight 1
+
+    def quantizer(self, own: TokenizerSettings, log_every: int) -> QuantizerSettings:
+        """Settings of `fit_quantizer` for the quantizer of a tokenizer's settings."""
+        shared = {field.name: getattr(own, field.name) for field in dataclasses.fields(QuantizerSettings)}
+        fit = {
+            "steps": self.fit_steps,
+            "batch_size": self.fit_batch_size,
+            "learning_rate": self.fit_learning_rate,
+            "entropy_weight": self.fit_entropy_weight,
+        }
+        fixed = {"quantization_weight": 1.0, "accumulation": 1, "ema": 0.0, "evaluate_every": 0, "log_every": log_every}
+        return QuantizerSettings(**shared | fit | fixed)
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """How training images become a MaskGIT's tokens, once and for all; validation images are encoded once, as are."""
+
+    views: int = CacheSettings.views  # times that each image is encoded, each with a noise (and a crop) of its own
+    random_crop: bool = False  # a crop of an enlarged picture, as the tokenizer's training takes it
+    flip: bool = CacheSettings.flip  # mirror every second view
+
+
 CONDITIONS = ("class", "text", "none")
 
 
@@ -133,44 +172,42 @@ CONDITIONS = ("class", "text", "none")
 class MaskGITSettings(LoopSettings):
     """Settings of `train_maskgit`: the paper's (section 5.1), and MaskGIT's where the paper is silent."""
 
-    steps: int = 500_000
+    steps: int = 500_000  # (paper)
     batch_size: int = 256  # on 8 processes the paper's 2,048 a step
-    learning_rate: float = 4e-4
+    learning_rate: float = 4e-4  # before the cosine (paper; the cosine: ours)
     warmup_steps: int = 5000  # the paper names none; a transformer without one diverges at this rate
-    betas: tuple[float, float] = (0.9, 0.96)
-    weight_decay: float = 0.045  # of matrices; none on embeddings, norms and biases
-    clip: float = 1.0
-    ema: float = 0.9999
-    preset: str = "L"  # "L" (the paper's), "S" or "XS"
+    betas: tuple[float, float] = (0.9, 0.96)  # of AdamW (MaskGIT)
+    weight_decay: float = 0.045  # of matrices; none on embeddings, norms and biases (MaskGIT)
+    clip: float = 1.0  # largest norm of the gradients
+    ema: float = 0.9999  # decay of the weights' average, ramped
+    preset: str = "L"  # "L" (24 layers of width 768, 16 heads: the paper's 195M parameters), "S" or "XS"
     width: int | None = None  # None: the preset's
     depth: int | None = None  # layers; None: the preset's
     heads: int | None = None  # None: the preset's
     condition: str = "class"  # "class", "text" or "none"
-    level_positions: bool = True  # position embeddings of each level's own; False: one set (ablation)
+    level_positions: bool = True  # position embeddings of each level's own (paper); False: one set (ablation)
     code_embeddings: bool = False  # the tokenizer's code values join the learned embeddings
     latent_context: bool = False  # what the visible tokens sum up to joins the embeddings; needs code_embeddings (ours)
-    mask_ratio: str = "cosine"  # how the share of masked tokens is drawn: "cosine" or "beta" (12, 3)
-    coarse_first: float = 0.0  # share of masks whose visible tokens fill the levels coarse to fine
-    label_smoothing: float = 0.1
-    dropout: float = 0.1
-    condition_dropout: float = 0.1  # share of samples that do not see their condition, for guidance
+    mask_ratio: str = "cosine"  # how the fraction of masked tokens is drawn: "cosine" (MaskGIT) or "beta" (12, 3)
+    coarse_first: float = 0.0  # probability of a mask whose visible tokens fill the levels coarse to fine
+    label_smoothing: float = 0.1  # fraction of the target that is spread over all codes (MaskGIT)
+    dropout: float = 0.1  # in the transformer (MaskGIT)
+    condition_dropout: float = 0.1  # probability that a sample does not see its condition, for guidance
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.condition not in CONDITIONS:
-            raise ValueError(f"condition is {self.condition!r}, expected one of {', '.join(CONDITIONS)}")
+            raise ValueError(f"expected condition {' or '.join(CONDITIONS)}, got {self.condition!r}")
         if self.preset not in PRESETS or self.mask_ratio not in MASK_RATIOS:
             raise ValueError(
-                f"preset {self.preset!r} and mask_ratio {self.mask_ratio!r} got, expected one of {', '.join(PRESETS)} "
-                f"and one of {', '.join(MASK_RATIOS)}"
+                f"expected preset {' or '.join(PRESETS)} and mask_ratio {' or '.join(MASK_RATIOS)}, "
+                f"got {self.preset!r} and {self.mask_ratio!r}"
             )
         if self.latent_context and not self.code_embeddings:
-            raise ValueError(
-                "latent_context is on and code_embeddings off, expected both on: it sums the codes' values"
-            )
+            raise ValueError("expected code_embeddings with latent_context, which sums the codes' values, got it off")
         for name in ("label_smoothing", "dropout", "condition_dropout", "coarse_first"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+                raise ValueError(f"expected {name} from 0 to 1, got {getattr(self, name)}")
 
     def build_model(self, cache: TokenCache, text_dim: int | None = None) -> MaskGIT:
         """A fresh model of these settings for a cache's tokens."""

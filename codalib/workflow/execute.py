@@ -21,7 +21,7 @@ from codalib.base.files import atomic_write
 from codalib.base.paths import MissingPart, reports_folder, runs_folder
 from codalib.reporting.pages import notebook_page
 from codalib.reporting.tables import clock
-from codalib.workflow.parameters import declared_parameters, validate
+from codalib.workflow.parameters import declared_parameters, notebook_values
 from codalib.workflow.profiles import StageError, profile_section
 
 log = logging.getLogger(__name__)
@@ -41,18 +41,18 @@ def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None, pa
 
     The page is reports/PROFILE/NAME.html unless PAGE names another, outside of profiles.
 
-    A notebook with a parameter `output` writes to the folder PROFILE/NAME below `runs_folder()` unless told otherwise.
+    A notebook's `output` is the folder PROFILE/NAME below `runs_folder()`, and its `profile` PROFILE, unless told
+    otherwise.
     Wrong parameters, a failing cell and a dead kernel raise StageError.
     """
     name = path.stem
     if not path.exists():
         raise StageError(str(MissingPart(path)))
     notebook = nbformat.read(path, as_version=4)
-    declared = declared_parameters(notebook)
-    output = {"output": f"{profile}/{name}"} if "output" in declared else {}
-    parameters = output | profile_section(profile, name) | dict(given or {})
+    own = {"output": f"{profile}/{name}", "profile": profile}
+    own = {key: value for key, value in own.items() if key in declared_parameters(notebook)}
     try:
-        validate({key: hint for key, (hint, _) in declared.items()}, parameters)
+        parameters = notebook_values(notebook, own, profile_section(profile, name), dict(given or {}))
     except ValueError as error:
         raise StageError(f"{path}, profile {profile}: {error}") from error
 

@@ -1,10 +1,11 @@
-"""One run of a notebook: its checked parameters, its folder, and the manifest that says how its numbers came about."""
+"""One run of a notebook: its folder, and the manifest that says how its numbers came about."""
 
 import importlib.metadata
 import platform
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ FILES = ("file", "png", "svg", "gif")  # keys of a result that name files
 LIBRARIES = ("codalib", "torch", "torchvision", "diffusers", "peft", "accelerate", "timm", "torchmetrics", "numpy")
 
 
-# --- the manifest -----------------------------------------------------------------------------------------------------
 class Run:
     """One run of a notebook in its own folder, recorded in `manifest.json` from its first second on.
 
@@ -27,9 +27,12 @@ class Run:
         notebook: the notebook's name without its ending, such as "01_train_tokenizer".
         parameters: what `check_parameters` returned.
         seed: the seed of everything random in the run.
+        settings: the resolved dataclasses, recorded field by field under their names.
     """
 
-    def __init__(self, output: str | Path, notebook: str, parameters: Mapping[str, Any], seed: int) -> None:
+    def __init__(
+        self, output: str | Path, notebook: str, parameters: Mapping[str, Any], seed: int, *settings: Any
+    ) -> None:
         self.folder = runs_folder(output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clock = time.monotonic()
@@ -39,6 +42,7 @@ class Run:
             "started": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "seed": seed,
             "parameters": dict(parameters),
+            "settings": {type(one).__name__: asdict(one) for one in settings},
             **source_version(),
             "versions": library_versions(),
             "machine": machine(),
@@ -55,11 +59,11 @@ class Run:
         results = dict(results or {})
         unknown = results.keys() - set(RESULTS)
         if unknown:
-            raise ValueError(f"A run's results hold {', '.join(RESULTS)}, got {', '.join(sorted(unknown))}.")
+            raise ValueError(f"expected results of {', '.join(RESULTS)}, got {', '.join(sorted(unknown))}")
         rows = (*results.get("tables", ()), *results.get("figures", ()))
         missing = [row[key] for row in rows for key in FILES if key in row and not self._has(row[key])]
         if missing:
-            raise ValueError(f"The results name files that are not in {self.folder}: {', '.join(missing)}.")
+            raise ValueError(f"expected the files of the results in {self.folder}, got none of {', '.join(missing)}")
         self.manifest |= {
             "state": "finished",
             "seconds": round(time.monotonic() - self._clock, 1),

@@ -1,6 +1,12 @@
-"""Profiles: which notebooks run, and which of their parameters differ from the defaults."""
+"""Profiles: which notebooks run, and which of their values differ from the defaults.
 
-from collections.abc import Iterator, Sequence
+A profile is a YAML file. `extends` names a profile whose values it takes over, `stages` the notebooks that it runs. Any
+other key names a notebook, or several with commas between, and holds their parameters and fields of settings by name;
+a later section goes over an earlier one, and all of a profile's own over those that it extends. A text that begins
+with PROFILE/ names a folder of the run's own profile.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +14,8 @@ import yaml
 
 from codalib.base.paths import MissingPart, project_folder
 
-STAGES = "stages"  # a profile's list of the notebooks that it runs
+EXTENDS, STAGES = "extends", "stages"  # keys of a profile that name no notebook
+OWN = "PROFILE/"  # in a value: the profile that runs
 
 
 class StageError(Exception):
@@ -27,17 +34,21 @@ def profile_path(profile: str) -> Path:
         raise StageError(str(MissingPart(folder)))
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise StageError(f"There is no profile {profile!r}; profiles/ has {known}.")
+        raise StageError(f"expected a profile of {known}, got {profile!r}")
     return path
 
 
 def profile_section(profile: str, notebook: str) -> dict[str, Any]:
-    """What PROFILE changes in the parameters of NOTEBOOK: {name: value}, empty where it has no section for it."""
-    path, contents = profile_path(profile), _read_profile(profile)
-    section = contents.get(notebook) or {}
-    if not isinstance(section, dict):
-        raise StageError(f"{path}: the section {notebook!r} must map names to values, got {section!r}.")
-    return section
+    """The values that PROFILE, with what it extends, gives to NOTEBOOK: {name: value}, empty where it has none."""
+    values = {name: value for _, part in profile_parts(profile, notebook) for name, value in part.items()}
+    return {name: _filled(value, profile) for name, value in values.items()}
+
+
+def profile_parts(profile: str, notebook: str) -> list[tuple[str, dict[str, Any]]]:
+    """The sections that `profile_section` puts together, the later over the earlier: (profile, values as written)."""
+    return [
+        (one, dict(section)) for one in _line(profile) for names, section in _sections(one).items() if notebook in names
+    ]
 
 
 def profile_stages(profile: str, order: Sequence[str]) -> dict[str, list[str]]:
@@ -46,20 +57,57 @@ def profile_stages(profile: str, order: Sequence[str]) -> dict[str, list[str]]:
     A notebook reads the results of another where one of its values names that one's folder, "PROFILE/NOTEBOOK".
     Raises StageError for a name that is not in ORDER, and for a notebook that reads one which the profile does not run.
     """
-    chosen = _read_profile(profile).get(STAGES, order)
-    unknown = [str(name) for name in chosen if name not in order]
-    if unknown:
-        raise StageError(
-            f"{profile_path(profile)}: {STAGES} names {', '.join(unknown)}, expected some of {', '.join(order)}."
-        )
+    named = [contents[STAGES] for contents in map(_read, _line(profile)) if STAGES in contents]
+    chosen = named[-1] if named else order
+    if unknown := [str(name) for name in chosen if name not in order]:
+        raise StageError(f"{profile_path(profile)}: expected {STAGES} of {', '.join(order)}, got {', '.join(unknown)}")
     needs = {}
     for name in (name for name in order if name in chosen):
         texts = list(_texts(profile_section(profile, name)))
         needs[name] = [other for other in order if any(f"{text}/".startswith(f"{profile}/{other}/") for text in texts)]
-        missing = [other for other in needs[name] if other not in chosen]
-        if missing:
-            raise StageError(f"{profile_path(profile)}: {name} needs {', '.join(missing)}: add it to {STAGES}.")
+        if missing := [other for other in needs[name] if other not in chosen]:
+            raise StageError(f"{profile_path(profile)}: {name} needs {', '.join(missing)}: add it to {STAGES}")
     return needs
+
+
+def _line(profile: str) -> list[str]:
+    """PROFILE and what it extends, the last first; StageError for one that is not there, and for a circle."""
+    line = [profile]
+    while base := _read(line[0]).get(EXTENDS):
+        if base in line:
+            raise StageError(f"expected profiles that extend one another in a line, got {' -> '.join([base, *line])}")
+        line.insert(0, base)
+    return line
+
+
+def _sections(profile: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    """A profile's own sections: the notebooks that each is for -> its values."""
+    path, notebooks, found = profile_path(profile), project_folder() / "notebooks", {}
+    for key, section in _read(profile).items():
+        if key in (EXTENDS, STAGES):
+            continue
+        names = tuple(name.strip() for name in str(key).split(","))
+        if unknown := [name for name in names if not (notebooks / f"{name}.ipynb").exists()]:
+            raise StageError(f"{path}: expected sections of notebooks, got {', '.join(unknown)}")
+        if not isinstance(section or {}, dict):
+            raise StageError(f"{path}: expected names and values in the section {key!r}, got {section!r}")
+        if "settings" in (section or {}):
+            raise StageError(f"{path}: expected the fields themselves as keys of the section {key!r}, got `settings`")
+        found[names] = section or {}
+    return found
+
+
+def _read(profile: str) -> dict[str, Any]:
+    return yaml.safe_load(profile_path(profile).read_text(encoding="utf-8")) or {}
+
+
+def _filled(value: Any, profile: str) -> Any:
+    """VALUE, however deep, with PROFILE/ filled in."""
+    if isinstance(value, dict):
+        return {name: _filled(part, profile) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_filled(part, profile) for part in value]
+    return f"{profile}/{value.removeprefix(OWN)}" if isinstance(value, str) and value.startswith(OWN) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -69,13 +117,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _texts(part)
-
-
-def _read_profile(profile: str) -> dict[str, Any]:
-    path = profile_path(profile)
-    contents = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    notebooks = project_folder() / "notebooks"
-    unknown = [str(name) for name in contents if name != STAGES and not (notebooks / f"{name}.ipynb").exists()]
-    if unknown:
-        raise StageError(f"{path} has sections of no notebook: {', '.join(unknown)}.")
-    return contents
