@@ -115,7 +115,7 @@ def test_another_tokenizers_cache_is_refused_with_both_hashes(cached, tokenizer,
     with pytest.raises(CacheMismatch, match="views 1 there and 2 here"):
         cache_tokens(tokenizer, images, cached, CacheSettings(views=2, shard_images=4))
     with pytest.raises(CacheMismatch, match="images 7 there and 6 here"):
-        cache_tokens(tokenizer, images.subset(list(range(6))), cached, shard_images=4)
+        cache_tokens(tokenizer, images.subset(list(range(6))), cached, CacheSettings(shard_images=4))
 
 
 def test_the_hash_follows_weights_and_settings(tokenizer):
