@@ -51,7 +51,7 @@ def test_a_verdict_says_what_it_rests_on():
 
 
 def test_unknown_claims_and_missing_numbers_raise():
-    with pytest.raises(ValueError, match="expected a claim of .*got 'magic'"):
+    with pytest.raises(ValueError, match=r"expected a claim of .*got 'magic'"):
         claim_verdict("magic", [1.0], "")
     with pytest.raises(ValueError, match="finite improvement"):
         claim_verdict("residual_error", [math.nan], "")
