@@ -7,12 +7,15 @@ from dataclasses import fields
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 
-from codalib.workflow.parameters import declared_parameters, validate
+from codalib.workflow.parameters import declared_parameters, resolved_values
+from codalib.workflow.profiles import profile_parts
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 IDS = [path.stem for path in NOTEBOOKS]
+PROFILES = sorted(path.stem for path in (Path(__file__).parents[1] / "profiles").glob("*.yaml"))
 LONGEST_FUNCTION = 10  # lines: what is longer belongs into codalib
 CHECKED = "nbval-check-output"
 
@@ -34,18 +37,14 @@ def code_after_parameters(notebook):
     return "\n".join(re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.MULTILINE) for cell in cells[1:])
 
 
-def settings_classes(tree):
-    """The dataclasses that a notebook fills by `settings_from(Class, parameters, **derived)`, and the derived names."""
-    modules = {
-        alias.asname or alias.name: node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+def settings_classes(notebook):
+    """The dataclasses whose fields a notebook takes by name: those that it gives to `check_parameters`."""
+    tree = ast.parse(code_after_parameters(notebook))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules = {name.name: node.module for node in imports for name in node.names}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "settings_from":
-            name = node.args[0].id
-            yield getattr(importlib.import_module(modules[name]), name), {word.arg for word in node.keywords}
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check_parameters":
+            yield from (getattr(importlib.import_module(modules[name.id]), name.id) for name in node.args[1:])
 
 
 def test_it_opens_with_a_title_and_a_sentence_then_the_parameters(notebook):
@@ -57,36 +56,57 @@ def test_it_opens_with_a_title_and_a_sentence_then_the_parameters(notebook):
 
 def test_its_parameters_are_commented_literals_of_their_types(notebook):
     declared = declared_parameters(notebook)
-    assert declared
-    validate(
-        {name: hint for name, (hint, _) in declared.items()}, {name: value for name, (_, value) in declared.items()}
-    )
-    lines = notebook.cells[1].source.splitlines()
-    assert len(lines) == len(declared)
-    for line in lines:
-        assert re.match(r"\w+: .+ = .+  # \S", line), line
+    resolved_values(notebook)
+    source = notebook.cells[1].source
+    statements, lines = ast.parse(source).body, source.splitlines()
+    assert [statement.target.id for statement in statements] == list(declared)
+    for statement in statements:
+        assert re.search(r"[\w}\])\"]  # \S", lines[statement.end_lineno - 1]), lines[statement.lineno - 1]
 
 
-def test_it_checks_its_parameters_before_any_work(notebook):
+def test_papermill_sees_all_of_its_parameters(request, notebook):
+    path = next(path for path in NOTEBOOKS if path.stem in request.node.name)
+    assert papermill.inspect_notebook(path).keys() == declared_parameters(notebook).keys()
+
+
+def test_it_checks_its_parameters_before_any_work_and_shows_its_settings(notebook):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert "check_parameters(globals())" in cells[1].source
+    assert "check_parameters(" in cells[1].source
+    classes = list(settings_classes(notebook))
+    assert ("settings" in declared_parameters(notebook)) == bool(classes)
+    if classes:
+        assert cells[2].source.startswith("settings_table(")
+        assert cells[1].source.count("settings_from(") == len(classes)
 
 
 def test_every_parameter_is_read(notebook):
     tree = ast.parse(code_after_parameters(notebook))
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    read |= {field.name for settings, _ in settings_classes(tree) for field in fields(settings)}
+    read |= {field.name for settings in settings_classes(notebook) for field in fields(settings)} | {"settings"}
     assert declared_parameters(notebook).keys() <= read
 
 
-def test_its_parameters_agree_with_the_fields_of_its_settings(notebook):
-    declared = declared_parameters(notebook)
-    for settings, derived in settings_classes(ast.parse(code_after_parameters(notebook))):
-        types = {field.name: field.type for field in fields(settings)}
-        assert derived <= types.keys()
-        for name in (types.keys() & declared.keys()) - derived:
-            hint = types[name] if isinstance(types[name], str) else getattr(types[name], "__name__", str(types[name]))
-            assert declared[name][0] == (hint if "[" not in str(types[name]) else str(types[name])), name
+def test_no_parameter_restates_a_default(notebook):
+    """A value that is a field's default stands in the dataclass alone; `seed` is all of the notebook's."""
+    defaults = {field.name: field.default for settings in settings_classes(notebook) for field in fields(settings)}
+    values = resolved_values(notebook)
+    assert not {name for name in values.keys() - {"seed"} if name in defaults and values[name] == defaults[name]}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_no_profile_restates_a_default_or_what_it_extends(profile):
+    """Each key of a section changes the value of at least one of the section's notebooks."""
+    changed = {}
+    for path in NOTEBOOKS:
+        own = nbformat.read(path, as_version=4)
+        values = {field.name: field.default for settings in settings_classes(own) for field in fields(settings)}
+        values |= resolved_values(own)
+        for writer, names, section in profile_parts(profile, path.stem):
+            now = {name: resolved_values(own, section)[name] for name in section}
+            for name in section if writer == profile else ():
+                changed.setdefault((names, name), set()).add(now[name] != values[name])
+            values |= now
+    assert [key for key, differs in changed.items() if differs == {False}] == []
 
 
 def test_it_is_thin(notebook):

@@ -75,13 +75,15 @@ def training_curves(
 
     Args:
         log: rows with "step" and numbers by name; a row need not hold every name.
-        names: which to draw, in this order; None draws every numeric name but the bookkeeping ones.
+        names: which to draw, in this order, those that the log lacks left out; None draws every numeric name but the
+            bookkeeping ones.
         scale: "linear" or "log", of the vertical axes.
     """
     if names is None:
         skipped = {"step", "epoch", "time", "seconds"}
         found = {key: None for row in log for key, value in row.items() if isinstance(value, int | float)}
         names = [key for key in found if key not in skipped]
+    names = [name for name in names if any(name in row for row in log)]
     if not names:
         raise ValueError("expected a log with numbers to draw, got none: it has no rows, or only steps")
     columns = 2 if len(names) == 4 else min(3, len(names))

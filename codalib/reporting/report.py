@@ -305,7 +305,10 @@ def _provenance(stages: Sequence[Stage], folder: Path) -> str:
         texts = [", ".join(f"{k.removesuffix('_bytes')} {_plain(k, v)}" for k, v in value if v) for value in values]
         parts.append(f"<p><strong>{title}.</strong> {html.escape('; or '.join(sorted(texts)))}.</p>")
     for stage in stages:
-        lines = pd.DataFrame([{"Parameter": k, "Value": repr(v)} for k, v in stage.manifest["parameters"].items()])
+        values = stage.manifest["parameters"]
+        for own in stage.manifest.get("settings", {}).values():  # a record from before there were any has none
+            values = values | {name: value for name, value in own.items() if name not in values}
+        lines = pd.DataFrame([{"Parameter": k, "Value": repr(v)} for k, v in values.items()])
         inside = html_table(lines, prose=["Value"]) if len(lines) else "<p>None.</p>"
         parts.append(f"<details><summary>Parameters of {html.escape(stage.name)}</summary>{inside}</details>")
     return "\n".join(parts)

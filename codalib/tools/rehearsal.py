@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ from codalib.pretrained.vae_layouts import CONFIGS
 from codalib.tools.fetch import needed
 from codalib.tools.operations import KeptForBackward, assignment_operations, count_operations, count_parameters
 from codalib.tools.rehearsal_page import page
-from codalib.training.settings import TokenizerSettings
+from codalib.training.settings import FitSettings, TokenizerSettings
 from codalib.training.tokenizer import train_and_save
 from codalib.training.trainer import read_log
 from codalib.workflow.manifest import Run
-from codalib.workflow.parameters import declared_parameters, settings_from, validate
+from codalib.workflow.parameters import resolved_values, settings_from
 from codalib.workflow.profiles import StageError, profile_section, profile_stages
 
 log = logging.getLogger(__name__)
@@ -87,16 +87,18 @@ class RandomImages(ImageDataset):
 
 
 def training_parameters(profile: str) -> dict[str, Any]:
-    """All parameters of the notebook that trains the tokenizer, as PROFILE sets them; StageError for wrong ones."""
+    """All parameters and settings of the notebook that trains the tokenizer, as PROFILE sets them.
+
+    Raises StageError for wrong ones.
+    """
     path = project_folder() / "notebooks" / f"{NOTEBOOK}.ipynb"
     if NOTEBOOK not in profile_stages(profile, sorted(file.stem for file in path.parent.glob("*.ipynb"))):
-        raise StageError(f"The profile {profile} does not run {NOTEBOOK}: rehearse one that does, imagenet-mar-65536.")
-    declared = declared_parameters(nbformat.read(path, as_version=4))
-    given = {name: default for name, (_, default) in declared.items()} | profile_section(profile, NOTEBOOK)
+        raise StageError(f"expected a profile that runs {NOTEBOOK}, such as imagenet-mar-65536, got {profile}")
     try:
-        return validate({name: hint for name, (hint, _) in declared.items()}, given)
+        values = resolved_values(nbformat.read(path, as_version=4), profile_section(profile, NOTEBOOK))
     except ValueError as error:
         raise StageError(f"profile {profile}: {error}") from error
+    return asdict(settings_from(TokenizerSettings, values)) | asdict(settings_from(FitSettings, values)) | values
 
 
 def base_vae(name: str, folder: Path, seed: int) -> tuple[str, bool]:
@@ -167,8 +169,7 @@ def rehearse(
         vae = load_vae(base)
         side, channels = vae.latent_side(resolution), vae.latent_channels
         del vae
-        if settings.scales[-1] != side:
-            raise ValueError(f"the last scale is {settings.scales[-1]}, expected {side}: the latent grid of the images")
+        settings.check_grid(side)
         train = RandomImages(resolution, seed, "random images")
         val = RandomImages(resolution, seed + IMAGES, "random images", count=batch)
         found = _two_steps(settings, base, channels, train, val, work)

@@ -226,8 +226,7 @@ def settings_table(*settings: Any) -> pd.DataFrame:
     for one in settings:
         for field in fields(one):
             value = getattr(one, field.name)
-            other = field.default is not MISSING and value != field.default
-            default = repr(field.default) if other else "required" if field.default is MISSING else ""
+            default = "" if field.default is MISSING or value == field.default else repr(field.default)
             rows.append({"Of": type(one).__name__, "Setting": field.name, "Value": repr(value), "Default": default})
     return pd.DataFrame(rows).set_index(["Of", "Setting"])
 

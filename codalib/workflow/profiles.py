@@ -40,15 +40,17 @@ def profile_path(profile: str) -> Path:
 
 def profile_section(profile: str, notebook: str) -> dict[str, Any]:
     """The values that PROFILE, with what it extends, gives to NOTEBOOK: {name: value}, empty where it has none."""
-    values = {name: value for _, part in profile_parts(profile, notebook) for name, value in part.items()}
+    values = {name: value for _, _, part in profile_parts(profile, notebook) for name, value in part.items()}
     return {name: _filled(value, profile) for name, value in values.items()}
 
 
-def profile_parts(profile: str, notebook: str) -> list[tuple[str, dict[str, Any]]]:
-    """The sections that `profile_section` puts together, the later over the earlier: (profile, values as written)."""
-    return [
-        (one, dict(section)) for one in _line(profile) for names, section in _sections(one).items() if notebook in names
-    ]
+def profile_parts(profile: str, notebook: str) -> list[tuple[str, tuple[str, ...], dict[str, Any]]]:
+    """The sections that `profile_section` puts together, the later over the earlier.
+
+    Of each the profile, the notebooks that it is for, and its values as written.
+    """
+    sections = [(one, names, section) for one in _line(profile) for names, section in _sections(one).items()]
+    return [(one, names, dict(section)) for one, names, section in sections if notebook in names]
 
 
 def profile_stages(profile: str, order: Sequence[str]) -> dict[str, list[str]]:

@@ -319,7 +319,7 @@ def test_a_profile_says_what_it_needs(tmp_path, monkeypatch):
     ]
     assert needs("01_train_tokenizer: {discriminator_network: dino, vae: 3}") == ["dino_vits16"]
     assert needs("01_train_tokenizer: {limit: 3}") == []
-    with pytest.raises(profiles.StageError, match="no profile"):
+    with pytest.raises(profiles.StageError, match="expected a profile of some, got 'other'"):
         fetch.needed("other")
 
 

@@ -60,9 +60,9 @@ def test_a_notebook_runs_with_its_profile_and_leaves_a_page(project, caplog):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["-p", "stepz", "3"], "closest is `steps`"),
-        (["-p", "steps", "many"], "`steps` must be int, got 'many'"),
-        (["--profile", "huge"], "no profile 'huge'; profiles/ has tiny"),
+        (["-p", "stepz", "3"], "got `stepz`: the closest is `steps`"),
+        (["-p", "steps", "many"], "expected int for `steps`, got 'many'"),
+        (["--profile", "huge"], "expected a profile of tiny, got 'huge'"),
     ],
 )
 def test_wrong_values_stop_before_anything_runs(project, caplog, arguments, words):
@@ -104,7 +104,7 @@ def test_parameters_are_read_with_types_and_defaults(project):
         "steps": ("int", 2),
         "label": ("str", "a=b"),
     }
-    with pytest.raises(StageError, match="exactly one cell"):
+    with pytest.raises(StageError, match="expected exactly one cell"):
         declared_parameters(v4.new_notebook())
 
 
@@ -113,10 +113,10 @@ def test_a_section_for_no_notebook_is_refused(project):
     assert profile_section("tiny", "stage") == {"steps": 3}
     assert profile_section("tiny", "other") == {}
     (project / "profiles" / "tiny.yaml").write_text("stge:\n  steps: 3\n")
-    with pytest.raises(StageError, match="sections of no notebook: stge"):
+    with pytest.raises(StageError, match="expected sections of notebooks, got stge"):
         profile_section("tiny", "stage")
     (project / "profiles" / "tiny.yaml").write_text("stage: 3\n")
-    with pytest.raises(StageError, match="must map names to values"):
+    with pytest.raises(StageError, match="expected names and values in the section"):
         profile_section("tiny", "stage")
 
 
