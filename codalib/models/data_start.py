@@ -37,14 +37,14 @@ def start_from_data(quantizer: ResidualQuantizer, latents: Tensor, seed: int = 0
     ends = (parts / parts[-1] * quantizer.codebook_size).round().long().tolist()
     start = 0
     for p, end in zip(quantizer.scales, ends, strict=True):
-        features = quantizer._features(residual, p)
+        features = quantizer.pool(residual, p)
         repeats = -(-(end - start) // len(features))
         order = torch.cat([torch.randperm(len(features), generator=generator) for _ in range(max(repeats, 1))])
         codes[start:end] = features[order[: end - start].to(features.device)]
         if end:
-            keys, values = (part[:end] for part in quantizer._project_codes())
-            chosen = quantizer._choose(features, keys, "tiled")
-            residual = residual - quantizer._upsample(values[chosen], p)
+            keys, values = (part[:end] for part in quantizer.project_codes())
+            chosen = quantizer.choose(features, keys, "tiled")
+            residual = residual - quantizer.upsample(values[chosen], p)
         start = end
 
 
