@@ -108,7 +108,6 @@ def keep_checked_outputs(path: Path, executed: Path) -> None:
                 output.execution_count = number
     with atomic_write(path) as file:
         nbformat.write(notebook, file)
-        file.write("\n")
 
 
 @contextmanager
