@@ -51,8 +51,8 @@ def start_from_data(quantizer: ResidualQuantizer, latents: Tensor, seed: int = 0
 def _as_isometry(quantizer: ResidualAttentionQuantizer, generator: torch.Generator) -> None:
     attention, channels = quantizer.attn, quantizer.latent_channels
     isometry = torch.linalg.qr(torch.randn(quantizer.attention_dim, quantizer.attention_dim, generator=generator))[0]
-    for layer in (attention.to_q, attention.to_k):
-        layer.weight.copy_(isometry[:, :channels] if channels <= quantizer.attention_dim else layer.weight)
+    if channels <= quantizer.attention_dim:
+        attention.to_q.weight.copy_(isometry[:, :channels])
     attention.to_k.weight.copy_(attention.to_q.weight)
     attention.to_v.weight.copy_(torch.eye(channels))
     for layer in (attention.to_q, attention.to_k, attention.to_v):
