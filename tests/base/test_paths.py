@@ -9,8 +9,8 @@ import pytest
 from codalib.base import paths
 from codalib.datasets import images
 from codalib.experiments import ablation
-from codalib.models import maskgit, tokenizer, vae
-from codalib.models.checkpoints import load_tokenizer
+from codalib.models import maskgit
+from codalib.models.checkpoints import load_tokenizer, ours
 from codalib.workflow import profiles
 from codalib.workflow.execute import execute
 
@@ -20,13 +20,13 @@ SENTENCE = "is not here: data/, notebooks/ and profiles/ come with the repositor
 def test_embedded_data_that_are_not_here_say_how_to_get_them(tmp_path, monkeypatch):
     gone = tmp_path / "data"
     monkeypatch.setattr(images, "EMOJI_FOLDER", gone / "emoji")
-    monkeypatch.setattr(vae, "EMOJI_VAE", gone / "vae-emoji")
-    monkeypatch.setitem(tokenizer.EMBEDDED_TOKENIZERS, "emoji", gone / "tokenizer-emoji")
-    monkeypatch.setitem(maskgit.EMBEDDED_GENERATORS, "emoji-class", gone / "maskgit-emoji-class")
+    monkeypatch.setattr(ours, "EMOJI_VAE", gone / "vae-emoji")
+    monkeypatch.setitem(ours.EMBEDDED_TOKENIZERS, "emoji", gone / "tokenizer-emoji")
+    monkeypatch.setitem(ours.EMBEDDED_GENERATORS, "emoji-class", gone / "maskgit-emoji-class")
     monkeypatch.setitem(ablation.EMBEDDED_QUANTIZERS, "emoji", gone / "quantizers-emoji")
     for load in (
         lambda: images.load_dataset("emoji", "train", 64),
-        lambda: vae.load_vae("emoji"),
+        lambda: ours.load_vae("emoji"),
         lambda: load_tokenizer("emoji"),
         lambda: maskgit.MaskGIT.from_pretrained("emoji-class"),
         lambda: ablation.load_trials("emoji"),

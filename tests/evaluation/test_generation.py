@@ -231,8 +231,6 @@ def test_captions_are_asked_for(models, tmp_path):
     assert row["samples"] == 6
     assert "class_accuracy" not in row
     assert row["fd_effnet"] > 0
-    paired, unpaired = baselines[2]["fd_effnet"], baselines[3]["fd_effnet"]
-    assert paired < unpaired  # its images are the reference's own
 
 
 def test_against_training_images(models, tmp_path):

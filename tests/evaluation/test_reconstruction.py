@@ -121,7 +121,7 @@ def test_a_folder_named_as_an_embedded_model_does_not_hide_it(tmp_path, monkeypa
 
 
 def test_wrong_models_are_one_sentence():
-    with pytest.raises(ValueError, match="both named a"):
+    with pytest.raises(ValueError, match="expected a name of its own for each model"):
         check_models({"a": "emoji"}, {"a": "emoji"})
     with pytest.raises(ValueError, match="no model"):
         check_models({}, {})

@@ -76,7 +76,7 @@ def test_a_config_and_a_state_rebuild_it(kind, latents):
 def test_what_a_method_cannot_have_is_said():
     with pytest.raises(ValueError, match="expected scales of one side"):
         LibraryQuantizer("rvq", 8, 256, (1, 4))
-    with pytest.raises(ValueError, match="expected one of 256, 1024"):
+    with pytest.raises(ValueError, match="expected a codebook_size of 256, 1024"):
         LibraryQuantizer("fsq", 8, 100, (4,))
     with pytest.raises(ValueError, match="a power of two"):
         LibraryQuantizer("lfq", 8, 100, (4,))
