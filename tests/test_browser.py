@@ -207,10 +207,12 @@ def test_the_committed_pages_are_whole_and_fit_the_window(browser, width):
     page = open_page(browser, width)
     for path in pages:
         page.goto(path.as_uri())
-        needed, broken = page.evaluate(
-            "[document.documentElement.scrollWidth, [...document.images].filter(i => !i.naturalWidth).length]"
+        needed, broken, text = page.evaluate(
+            "[document.documentElement.scrollWidth, [...document.images].filter(i => !i.naturalWidth).length, "
+            "(document.querySelector('main') ?? document.body).clientWidth]"
         )
         assert needed <= width, path
+        assert text >= 300, path  # 40 characters of 16 pixels
         assert not broken, path
         assert not page.said, (path, page.said)
     page.close()

@@ -5,6 +5,7 @@ import html
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -34,6 +35,7 @@ METHOD_COLOURS = {
 }
 STYLE = {
     "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # labels hold names of folders and classes, whose dollar signs are no formulas
     "font.size": 9,
     "axes.prop_cycle": mpl.cycler(color=[BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY]),
     "axes.spines.top": False,
@@ -95,7 +97,7 @@ def training_curves(
         half = round(SMOOTHING * len(values) / 2)
         means = [values[max(0, place - half) : place + half + 1].mean() for place in range(len(values))]
         axes.plot(steps, values, color=BLUE, alpha=0.35, linewidth=0.8)
-        axes.plot(steps, means, color=BLUE, linewidth=1.6)
+        axes.plot(steps, means, color=BLUE, linewidth=1.6, marker="o" if len(steps) == 1 else None)
         axes.set(title=name.replace("_", " "), xlabel="step", yscale=scale)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in figure.axes[len(names) :]:
@@ -121,7 +123,10 @@ def reconstruction_grid(
     number = next(iter(counts.values()))
     label_width = 1.2
     cell = (WIDTH - label_width) / number
-    height = cell * len(grids) + (0.16 * len(grids) if notes else 0) + (0.25 if columns else 0)
+    characters = max(4, int(cell / 0.07))  # what fits above an image at 7 points
+    columns = [textwrap.fill(title, characters, max_lines=3, placeholder="…") for title in columns]
+    lines = max((title.count("\n") + 1 for title in columns), default=0)
+    height = cell * len(grids) + (0.16 * len(grids) if notes else 0) + 0.15 * lines + (0.1 if columns else 0)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     panels = figure.subplots(len(grids), number, squeeze=False)

@@ -56,11 +56,12 @@ def markdown(text: str) -> str:
     return MarkdownWithMath(renderer=renderer).render(text)
 
 
-def figure(png: bytes | Path, caption: str, alt: str) -> str:
-    """A PNG with its caption and the text that stands for it where it cannot be seen."""
+def figure(png: bytes | Path, caption: str, alt: str, links: str = "") -> str:
+    """A PNG with its caption, plain text, LINKS after it (HTML), and the text that stands for it where it is not seen."""
     data = png.read_bytes() if isinstance(png, Path) else png
     source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
-    return f'<figure><img src="{source}" alt="{html.escape(alt)}"><figcaption>{inline(caption)}</figcaption></figure>'
+    text = f"<figcaption>{html.escape(caption)}{links}</figcaption>"
+    return f'<figure><img src="{source}" alt="{html.escape(alt)}">{text}</figure>'
 
 
 def inline(text: str) -> str:

@@ -204,8 +204,8 @@ def _claim(claim: Claim, found: Sequence[tuple[Stage, Mapping[str, Any]]], folde
     """One claim: what the paper says, then each verdict with what was measured, and what the run cannot show."""
     lines = []
     for _, result in found:
-        setting = f" ({pages.inline(result['setting'])})" if result.get("setting") else ""
-        effect, detail = (pages.inline(str(result.get(key, ""))) for key in ("effect", "detail"))
+        setting = f" ({html.escape(result['setting'])})" if result.get("setting") else ""
+        effect, detail = (html.escape(str(result.get(key, ""))) for key in ("effect", "detail"))
         lines.append(f'<p>{_verdict(result)}{setting}. Measured: {effect}. <span class="quiet">{detail}</span></p>')
     styles = {VERDICTS[result["verdict"]][0] for _, result in found}
     mark = f' class="{styles.pop()}-mark"' if len(styles) == 1 else ""
@@ -256,9 +256,9 @@ def _table(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
         file.write(f"{result['title']}\n\n{markdown_table(shown)}\n\n{result.get('caption', '')}\n")
     wide = [column for column in shown if shown[column].astype(str).str.len().max() > 40]
     links = f'<a href="tables/{name}.csv">CSV</a>, <a href="tables/{name}.md">Markdown</a>'
-    caption = pages.inline(result.get("caption", ""))
+    caption = html.escape(result.get("caption", ""))
     return (
-        f"<h3>{pages.inline(result['title'])}</h3>{html_table(shown, prose=wide)}"
+        f"<h3>{html.escape(result['title'])}</h3>{html_table(shown, prose=wide)}"
         f'<p class="quiet">{caption} ({links})</p>'
     )
 
@@ -270,8 +270,8 @@ def _figure(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
             name = f"{stage.name}-{Path(result[kind]).name}"
             with atomic_write(folder / "figures" / name, "wb") as file:
                 file.write((stage.folder / result[kind]).read_bytes())
-            links.append(f"[{kind.upper()}](figures/{name})")
-    return pages.figure(stage.folder / result["png"], f"{result['caption']} ({', '.join(links)})", result["alt"])
+            links.append(f'<a href="figures/{html.escape(name)}">{kind.upper()}</a>')
+    return pages.figure(stage.folder / result["png"], result["caption"], result["alt"], f" ({', '.join(links)})")
 
 
 def _provenance(stages: Sequence[Stage], folder: Path) -> str:

@@ -16,6 +16,7 @@ from codalib.experiments.statistics import SPREAD_SUFFIX
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
 FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies")  # shown in percent: columns with these words
 PAPER_PREFIX = "paper_"
+pd.options.display.html.use_mathjax = False  # cells hold names of folders and classes, no formulas
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:
@@ -118,7 +119,11 @@ def number(value: Any, fraction: bool = False, spread: Any = None) -> str:
 
 def prose(frame: pd.DataFrame) -> Any:
     """A table of sentences for a notebook: whole, in lines that wrap, without the index."""
-    return frame.style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "normal"})
+    return (
+        frame.style.format(escape="html")
+        .hide(axis="index")
+        .set_properties(**{"text-align": "left", "white-space": "normal"})
+    )
 
 
 def verdicts(claims: Sequence[Mapping[str, str]]) -> Any:

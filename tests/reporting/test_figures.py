@@ -135,3 +135,20 @@ def test_a_legend_of_long_names_stays_within_the_figure():
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
+
+
+def test_a_curve_of_one_point_is_seen():
+    figure = figures.training_curves([{"step": 1, "loss": 2.0}])
+    assert figure.axes[0].lines[1].get_marker() == "o"
+
+
+def test_names_are_drawn_as_they_are_and_do_not_overlap():
+    names = ["$5 and $6", "Smileys & Emotion", "Animals & Nature", "Travel & Places", "_x_", "Symbols", "Flags", "Food"]
+    figure = figures.reconstruction_grid({"sample": torch.zeros(8, 3, 4, 4)}, columns=names)
+    figure.draw_without_rendering()
+    titles = [axes.title for axes in figure.axes]
+    assert [title.get_text().replace("\n", " ") for title in titles] == names
+    assert not any(title.get_parse_math() for title in titles)
+    boxes = [title.get_window_extent() for title in titles]
+    assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+    assert all(box.y1 <= figure.bbox.y1 for box in boxes)

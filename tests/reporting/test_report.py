@@ -16,6 +16,7 @@ from codalib.workflow.manifest import Run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 WIDTHS = (390, 1100, 1280)  # a phone, a narrow and a wide desktop
+HOSTILE = "12 images of <img src=x onerror=alert(1)>, $5 and $6, a_b_c."  # as a class's folder may be named
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def profile(tmp_path, monkeypatch):
     files = figures.save_figure(figures.ablation_bars(rows, ["psnr"]), run.folder, "ladder")
     run.finish(
         {
-            "tables": [{"file": "t.csv", "title": "Table 1", "caption": "12 images, $K = 64$."}],
-            "figures": [{**files, "caption": "The ladder.", "alt": 'Bars that "rise".'}],
+            "tables": [{"file": "t.csv", "title": "Table 1", "caption": HOSTILE}],
+            "figures": [{**files, "caption": HOSTILE, "alt": 'Bars that "rise".'}],
             "claims": [
                 claim_verdict("residual_error", [0.1], "0.2 → 0.1"),
                 claim_verdict("attention_error", [-0.1], "0.1 → 0.2"),
-                claim_verdict("ladder", [0.1, -0.1], "mixed"),
+                claim_verdict("ladder", [0.1, -0.1], HOSTILE, detail=HOSTILE),
             ],
         }
     )
@@ -109,6 +110,12 @@ def test_every_picture_is_inside_the_page_and_has_its_alternative(soup):
     assert not soup.select("link[href^=http], script[src]")
 
 
+def test_names_from_outside_stand_as_they_are(soup):
+    assert soup.get_text().count(HOSTILE) == 4  # a table's and a figure's caption, a verdict's effect and detail
+    assert not soup.select("img[onerror]")
+    assert not soup.find("math")
+
+
 def test_links_lead_to_files_that_exist(soup, profile):
     links = {link["href"] for link in soup.find_all("a") if not link["href"].startswith(("#", "https:"))}
     assert links == {
@@ -175,13 +182,17 @@ def test_a_verdict_that_no_rule_gives_is_refused(profile, tmp_path):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_browser_finds_no_error_and_no_overflow(profile, tmp_path, width):
+@pytest.mark.parametrize("which", ["profile", "index"])
+def test_a_browser_finds_no_error_no_overflow_and_readable_lines(profile, tmp_path, which, width):
     page = tmp_path / "page.html"
     probe = (
+        "<p id=line style='display:inline-block;white-space:pre'>abcdefghijklmnopqrstuvwxyz abcdefghijklm</p>"  # 40
         "<script>const e = document.documentElement; const broken = [...document.images].filter(i => !i.naturalWidth);"
-        "document.title = [innerWidth, e.scrollWidth, broken.length].join();</script></body>"
+        "const text = document.querySelector('main').clientWidth, line = document.getElementById('line').clientWidth;"
+        "document.title = [innerWidth, e.scrollWidth, broken.length, text, line].join();</script></body>"
     )
-    page.write_text(report.build(profile).read_text().replace("</body>", probe))
+    built = report.build(profile)
+    page.write_text((built if which == "profile" else report.build_index()).read_text().replace("</body>", probe))
     options = [
         "--headless",
         "--no-sandbox",
@@ -191,7 +202,9 @@ def test_a_browser_finds_no_error_and_no_overflow(profile, tmp_path, width):
     ]
     command = [BROWSER, *options, f"--user-data-dir={tmp_path}/browser", f"--window-size={width},900"]
     result = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    visible, needed, broken = map(int, re.search(r"<title>(\d+),(\d+),(\d+)", result.stdout).groups())
+    numbers = re.search(r"<title>(\d+),(\d+),(\d+),(\d+),(\d+)<", result.stdout).groups()
+    visible, needed, broken, text, line = map(int, numbers)
+    assert text >= line
     assert needed <= visible
     assert visible <= max(width, 500)  # some builds of Chromium have no narrower window
     assert broken == 0

@@ -14,6 +14,7 @@ from codalib.reporting.tables import (
     label,
     markdown_table,
     number,
+    prose,
     readable,
     size,
     spread,
@@ -187,3 +188,10 @@ def test_html_tables_escape_text_and_mark_gaps():
     assert rows[1][:2] == ["a & b", "–"]  # noqa: RUF001
     assert soup.find("a")["href"] == "x"
     assert [head.get("class") for head in soup.find_all("th")] == [["text"], None, ["prose"]]
+
+
+def test_tables_in_a_notebook_show_names_as_they_are():
+    name = "<img src=x onerror=alert(1)> $5 and $6"
+    frame = pd.DataFrame({"class": [name]})
+    assert "tex2jax_ignore" in frame._repr_html_()
+    assert "<img" not in prose(frame).to_html()
