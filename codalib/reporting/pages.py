@@ -57,7 +57,7 @@ def markdown(text: str) -> str:
 
 
 def figure(png: bytes | Path, caption: str, alt: str, links: str = "") -> str:
-    """A PNG with its caption, plain text, LINKS after it (HTML), and the text that stands for it where it is not seen."""
+    """A PNG with its caption, plain text, LINKS after it (HTML), and what stands for it where it is not seen."""
     data = png.read_bytes() if isinstance(png, Path) else png
     source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
     text = f"<figcaption>{html.escape(caption)}{links}</figcaption>"
