@@ -153,4 +153,4 @@ def test_names_are_drawn_as_they_are_and_do_not_overlap():
     assert not any(title.get_parse_math() for title in titles)
     boxes = [title.get_window_extent() for title in titles]
     assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
-    assert all(box.y1 <= figure.bbox.y1 + 2 for box in boxes)
+    assert all(box.y1 <= figure.bbox.y1 + 3 for box in boxes)
