@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from codalib.models.vae import ContinuousVAE
 
 ADAPTIVE_WEIGHT_MAXIMUM = 1e4  # VQGAN's clamp
-ADAPTIVE_WEIGHT_EPS = 1e-4  # VQGAN's, added to the adversarial gradient's norm
+ADAPTIVE_WEIGHT_EPS = 1e-6  # the release's, added to the adversarial gradient's norm; VQGAN's is 1e-4
+ADAPTIVE_LAYERS = ("first_upsample", "last")
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,12 @@ class LossWeights:
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, parameter: Tensor) -> Tensor:
-    """VQGAN's weight of the adversarial term: |grad reconstruction| / (|grad adversarial| + 1e-4), at most 1e4.
+    """VQGAN's weight of the adversarial term: |grad reconstruction| / (|grad adversarial| + 1e-6), at most 1e4.
 
-    The gradients are taken at one parameter: the decoder's last adapter, and of its two factors the one that starts at
-    zero (`up`, peft's lora_B), since the other's gradient starts at zero; where the decoder has no trained one, at its
-    input. Where processes share a batch their gradients are averaged before the norms (the release lets each process
-    take its own weight). The losses are scalars, the weighted sum of l1, l2 and perceptual terms and the adversarial
-    term; their graphs are kept. Returns a detached scalar.
+    The gradients are taken at one parameter, see `adaptive_weight_layer`; where the decoder has no trained adapter, at
+    its input. Where processes share a batch their gradients are averaged before the norms (the release lets each
+    process take its own weight). The losses are scalars, the weighted sum of l1, l2 and perceptual terms and the
+    adversarial term; their graphs are kept. Returns a detached scalar.
     """
     norms = []
     for name, loss in (("reconstruction", reconstruction_loss), ("adversarial", adversarial_loss)):
@@ -74,12 +74,24 @@ def _norm_over_processes(gradient: Tensor, shared: bool) -> Tensor:
     return (summed / processes).norm() if shared else summed.sqrt() / processes
 
 
-def last_decoder_adapter(vae: ContinuousVAE) -> nn.Parameter | None:
-    """The second factor of the decoder's last adapter, where the adversarial weight is taken; None without one.
+def adaptive_weight_layer(vae: ContinuousVAE, which: str = "first_upsample") -> nn.Parameter | None:
+    """The adapter of the decoder where the adaptive weight is taken; None where the decoder has none.
 
-    The last to be run: diffusers registers the middle of the decoder behind its upsampling half, but runs it before.
+    Of its two factors the one that starts at zero (`up`, peft's lora_B), since the other's gradient starts at zero.
+
+    Args:
+        which: "first_upsample", the first upsampling that runs (16 -> 32 at MAR's 256 pixels): the release takes its
+            `decoder.up[-1].upsample.conv` and calls it the last layer, but the LDM layout runs that one first. Where it
+            is not adapted (FLUX), and with "last", the last adapter that runs, which is VQGAN's idea.
     """
+    if which not in ADAPTIVE_LAYERS:
+        raise ValueError(f"expected an adaptive layer of {' or '.join(ADAPTIVE_LAYERS)}, got {which!r}")
     decoder = vae.autoencoder.decoder
+    if which == "first_upsample":
+        for name, parameter in decoder.up_blocks[0].named_parameters():
+            if "upsamplers" in name and "lora_B" in name:
+                return parameter
+    # diffusers registers the middle of the decoder behind its upsampling half, but runs it before
     for part in (decoder.conv_out, decoder.up_blocks, decoder.mid_block, decoder.conv_in):
         if found := [p for name, p in part.named_parameters() if "lora_B" in name]:
             return found[-1]

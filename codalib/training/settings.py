@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from codalib.datasets.token_cache import CacheSettings, TokenCache
 from codalib.models.adapters import ADAPTED_LAYERS
 from codalib.models.library_quantizers import LIBRARY_KINDS
-from codalib.models.loss_weights import LossWeights
+from codalib.models.loss_weights import ADAPTIVE_LAYERS, LossWeights
 from codalib.models.maskgit import PRESETS, MaskGIT
 from codalib.models.masks import MASK_RATIOS
 from codalib.models.quantizer import ResidualQuantizer
@@ -116,6 +116,16 @@ class TokenizerSettings(QuantizerSettings):
     perceptual_network: str | None = "auto"  # "perceptual_vgg" (LPIPS: paper), "perceptual_effnet" or what is here
     discriminator_network: str | None = "auto"  # "dino" (paper), "effnet" or what is here
     discriminator_weight_decay: float = 0.0005  # (release)
+    # Where the adversarial gradients are weighed: "first_upsample" (release, for MAR) or "last" (VQGAN), the adapters.
+    adaptive_layer: str = "first_upsample"
+    ema_ramp: int = 2  # training steps for one step of the average's ramp (release)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adaptive_layer not in ADAPTIVE_LAYERS:
+            raise ValueError(f"expected adaptive_layer {' or '.join(ADAPTIVE_LAYERS)}, got {self.adaptive_layer!r}")
+        if self.ema_ramp < 1:
+            raise ValueError(f"expected ema_ramp of at least 1, got {self.ema_ramp}")
 
     def check_grid(self, side: int) -> None:
         """Raise ValueError where the last level is not the latent grid, which has this side."""

@@ -15,7 +15,7 @@ from codalib.models.adapters import add_adapters
 from codalib.models.adversary import build_discriminator, frozen, real_and_fake
 from codalib.models.baselines import fresh_copy
 from codalib.models.checkpoints import load_vae
-from codalib.models.loss_weights import adaptive_weight, last_decoder_adapter, ramp
+from codalib.models.loss_weights import adaptive_weight, adaptive_weight_layer, ramp
 from codalib.models.losses import discriminator_hinge, generator_hinge, reconstruction_terms, weighted_sum
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokenizer import CodaTokenizer
@@ -71,6 +71,7 @@ class TokenizerStage(Stage):
             self.tokenizer,
             optimizers,
             {name: network for name, network in found.items() if name == "discriminator"},
+            settings.ema_ramp,
             data=train.name,
             images=len(train),
             vae=checksum(*vae.state_dict().values()),
@@ -92,11 +93,11 @@ class TokenizerStage(Stage):
         return torch.optim.AdamW(parameters, own.learning_rate, own.betas, weight_decay=weight_decay)
 
     @property
-    def last_layer(self) -> Tensor | None:
+    def adaptive_layer(self) -> Tensor | None:
         """Where the gradients of the adaptive weight are compared; None where no part of the decoder is trained."""
         if self.settings.adapters == SCRATCH:
             return self.tokenizer.vae.autoencoder.decoder.conv_out.weight  # VQGAN's own choice
-        return last_decoder_adapter(self.tokenizer.vae)
+        return adaptive_weight_layer(self.tokenizer.vae, self.settings.adaptive_layer)
 
     def batches(self, first: int) -> Iterator[dict]:
         own = self.settings
@@ -118,7 +119,7 @@ class TokenizerStage(Stage):
             with frozen(self.parallel_discriminator) as discriminator, self.autocast():
                 adversarial = generator_hinge(discriminator(output.reconstruction))
             # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
-            where = output.quantized if self.last_layer is None else self.last_layer
+            where = output.quantized if self.adaptive_layer is None else self.adaptive_layer
             adaptive = adaptive_weight(weighted_sum(terms, self.weights), adversarial, where)
             terms["adversarial"] = adversarial
             factors["adversarial"] = adaptive * ramp(step, self.settings.steps)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,6 +94,7 @@ class Trainer:
         module: nn.Module,
         optimizers: dict[str, torch.optim.Optimizer],
         companions: dict[str, nn.Module] | None = None,
+        ema_ramp: int = 1,
         **inputs,
     ):
         self.settings, self.folder, self.accelerator = settings, Path(folder), accelerator
@@ -105,7 +106,7 @@ class Trainer:
             shutil.rmtree(leftover)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.ema = (
-            EMAModel(self.trainable.values(), decay=settings.ema, update_after_step=settings.ema_start)
+            RampedEMA(self.trainable.values(), ema_ramp, decay=settings.ema, update_after_step=settings.ema_start)
             if settings.ema
             else None
         )
@@ -259,6 +260,18 @@ def read_log(folder: str | Path) -> TrainingLog:
     """The log.jsonl of a stage's folder; empty where there is none yet."""
     path = Path(folder) / "log.jsonl"
     return TrainingLog(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else TrainingLog()
+
+
+class RampedEMA(EMAModel):
+    """An average whose ramp (1 + n) / (10 + n) counts n, the steps since its begin, once every RAMP steps."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], ramp: int, **kwargs):
+        super().__init__(parameters, **kwargs)
+        self.ramp = ramp
+
+    def get_decay(self, optimization_step: int) -> float:
+        since = optimization_step - self.update_after_step - 1
+        return super().get_decay(self.update_after_step + 1 + since // self.ramp) if since > 0 else 0.0
 
 
 def _cut_log(path: Path, step: int) -> None:

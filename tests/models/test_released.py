@@ -22,6 +22,8 @@ from codalib.models.checkpoints import (
 )
 from codalib.models.checkpoints.ours import plain_copy
 from codalib.models.checkpoints.released import load_adapted_vae, norm_of, vae_state
+from codalib.models.loss_weights import ADAPTIVE_LAYERS, LossWeights, adaptive_weight, adaptive_weight_layer
+from codalib.models.losses import reconstruction_terms, weighted_sum
 from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.pretrained.registry import read_weights
@@ -105,6 +107,22 @@ def test_kl16_with_lora_gives_the_golden_values_and_its_own_tensors_again(kl16):
     exported = vae_state(vae, "ldm")
     assert exported.keys() == state.keys()
     assert all(torch.equal(exported[name], state[name]) for name in state)
+
+
+def test_the_adaptive_weight_is_the_releases(kl16):
+    golden = load_file(GOLDEN / "adaptive_weight_mar.safetensors")
+    vae = load_kl16(kl16 | filled(keys("mar_lora_keys_rank8.json"))).double()
+    for parameter in adapter_parameters(vae):
+        parameter.requires_grad_(True)
+    decoded = vae.autoencoder.decode(golden["latents_unnormalised"]).sample
+    torch.testing.assert_close(decoded, golden["reconstruction"], rtol=1e-4, atol=1e-4)
+    terms = reconstruction_terms(golden["image"], decoded)
+    loss = weighted_sum(terms, LossWeights())
+    assert loss.item() == pytest.approx(golden["nll"].item(), rel=1e-4)
+    adversarial = -(decoded * golden["pattern"]).mean()
+    weights = [adaptive_weight(loss, adversarial, adaptive_weight_layer(vae, name)).item() for name in ADAPTIVE_LAYERS]
+    assert weights[0] == pytest.approx(golden["weight"].item(), rel=1e-4)
+    assert weights[1] == pytest.approx(1464.6, rel=1e-4)
 
 
 # --- other sizes, in both layouts -------------------------------------------------------------------------------------

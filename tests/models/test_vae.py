@@ -6,7 +6,7 @@ import torch
 from codalib.models.adapters import add_adapters
 from codalib.models.checkpoints import load_adapters, load_vae, save_adapters
 from codalib.models.checkpoints.ours import plain_copy
-from codalib.models.loss_weights import last_decoder_adapter
+from codalib.models.loss_weights import adaptive_weight_layer
 from codalib.models.vae import ContinuousVAE
 
 
@@ -60,7 +60,7 @@ def test_adapters_start_as_the_identity_and_only_they_are_trained(vae, images, w
     assert all("lora_" in name for name in trainable)
     assert {name.split(".")[1] for name in trainable} == parts
     assert torch.equal(adapted(images, sample=False), vae(images, sample=False))
-    assert (last_decoder_adapter(adapted) is None) == ("decoder" not in parts)
+    assert (adaptive_weight_layer(adapted) is None) == ("decoder" not in parts)
 
 
 def test_merged_adapters_are_the_same_function(vae, images):
@@ -142,14 +142,21 @@ def test_bad_input_is_one_sentence(vae, tmp_path):
             add_adapters(copy.deepcopy(vae), **arguments)
 
 
-def test_the_last_adapter_is_the_last_to_be_run():
+def test_the_layers_of_the_adaptive_weight_run_where_their_names_say():
     vae = add_adapters(load_vae("emoji"), "both", rank=2)
     order = []
     for name, module in vae.autoencoder.decoder.named_modules():
         if name.endswith("lora_B.default"):
             module.register_forward_hook(lambda module, *_: order.append(module.weight))
     vae.decode(torch.zeros(1, 16, 8, 8))
-    assert last_decoder_adapter(vae) is order[-1]
-    assert last_decoder_adapter(add_adapters(load_vae("emoji"), "encoder", rank=2)) is None
+    assert adaptive_weight_layer(vae, "last") is order[-1]
+    names = {id(p): name for name, p in vae.autoencoder.decoder.named_parameters()}
+    upsampling = [p for p in order if "upsamplers" in names[id(p)]]
+    assert adaptive_weight_layer(vae) is upsampling[0]
+    assert adaptive_weight_layer(add_adapters(load_vae("emoji"), "encoder", rank=2)) is None
     middle = add_adapters(load_vae("emoji"), "decoder", rank=2, layers=("mid_block.resnets.0.conv1",))
-    assert last_decoder_adapter(middle) is not None
+    assert adaptive_weight_layer(middle) is not None
+    flux = add_adapters(load_vae("emoji"), "decoder", rank=2, layers=("conv1", "conv2"))
+    assert adaptive_weight_layer(flux) is adaptive_weight_layer(flux, "last")
+    with pytest.raises(ValueError, match="expected an adaptive layer of first_upsample or last, got 'first'"):
+        adaptive_weight_layer(flux, "first")

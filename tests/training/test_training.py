@@ -13,7 +13,7 @@ from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import train_and_save, train_tokenizer
-from codalib.training.trainer import learning_rate_factor, read_log
+from codalib.training.trainer import RampedEMA, learning_rate_factor, read_log
 from codalib.training.vae import pretrain_vae
 
 SCALES = (1, 2, 4, 8)
@@ -195,3 +195,13 @@ def test_one_process_trains_in_float32_in_bfloat16_and_in_float32_again(vae, ima
             assert tokenizer(torch.zeros(1, 3, 64, 64)).reconstruction.dtype == torch.float32
     assert seen == [torch.float32, torch.bfloat16, torch.float32]
     assert all(row["loss"] > 0 for number in range(3) for row in read_log(tmp_path / str(number)))
+
+
+def test_the_averages_ramp_counts_every_second_step_as_the_releases_does():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = RampedEMA([weight], 2, decay=0.9999)
+    assert [average.get_decay(step) for step in (1, 2)] == [0, 0]
+    assert [average.get_decay(step) for step in (3, 4, 5)] == [2 / 11, 2 / 11, 3 / 12]
+    assert RampedEMA([weight], 1, decay=0.9999).get_decay(3) == 3 / 12
+    late = RampedEMA([weight], 2, decay=0.9999, update_after_step=10)
+    assert [late.get_decay(step) for step in (10, 12, 13)] == [0, 0, 2 / 11]
