@@ -1,15 +1,22 @@
-"""Atomic writes, and JSON with plain numbers."""
+"""Atomic writes, JSON with plain numbers, and digests of files."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from codalib.base.paths import runs_folder
+
+DIGESTS = ".digests.jsonl"  # in the folder of runs: [path, bytes, mtime_ns, ctime_ns, SHA-256] a line
+SETTLED = 2_000_000_000  # ns after its last change from which a file's times tell every later change
 PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, type(None))  # what papermill can inject
 
 
@@ -72,3 +79,38 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits.
+
+    It is kept beside the file's size, mtime and ctime in `DIGESTS`, so that an unchanged file is read once; where there
+    is no folder of runs, or none that can be written, every process reads it anew.
+    """
+    path = Path(path).resolve()
+    status, kept = path.stat(), runs_folder(DIGESTS)
+    state = (str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = _digests(kept)
+    if state in known:
+        return known[state]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED:
+        known[state] = digest
+        with suppress(OSError), open(kept, "a", encoding="utf-8") as file:
+            file.write(json.dumps([*state, digest]) + "\n")  # one short write, so that processes do not mix theirs
+    return digest
+
+
+@cache
+def _digests(kept: Path) -> dict[tuple, str]:
+    try:
+        lines = kept.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    known = {}
+    for line in lines:
+        with suppress(ValueError, TypeError):  # a line that a stopped process left unfinished
+            *state, digest = json.loads(line)
+            known[tuple(state)] = digest
+    return known
