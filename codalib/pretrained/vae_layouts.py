@@ -7,6 +7,7 @@ They hold the same network: block by block the same sums, with other names, and 
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,8 @@ def vae_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     diffusers' first names of attention become today's.
     """
     found = (re.match(r"((?:.*\.)?)(?:encoder|decoder)\.(?:conv_in|mid)", name) for name in state)
-    prefixes = sorted({match[1] for match in found if match}, key=lambda prefix: ("ema" in prefix, len(prefix)))
+    counts = Counter(match[1] for match in found if match)
+    prefixes = sorted(counts, key=lambda prefix: ("ema" in prefix, -counts[prefix]))
     prefix = prefixes[0] if prefixes else ""
     if prefix or len(prefixes) > 1:
         log.info("the VAE is taken from the names that begin with %r, of %s", prefix, prefixes)

@@ -21,7 +21,13 @@ from torch import Tensor
 from codalib.base.files import atomic_folder, atomic_write, read_json, write_json
 from codalib.base.paths import MANIFEST, embedded
 from codalib.models.adapters import ADAPTED_PARTS, add_adapters
-from codalib.models.checkpoints.names import EMBEDDED_GENERATORS, EMBEDDED_TOKENIZERS, EMOJI_VAE, PUBLISHED_VAES
+from codalib.models.checkpoints.names import (
+    EMBEDDED_GENERATORS,
+    EMBEDDED_TOKENIZERS,
+    EMOJI_VAE,
+    PUBLISHED_VAES,
+    WEIGHT_SUFFIXES,
+)
 from codalib.models.maskgit import MaskGIT
 from codalib.models.quantizer_kinds import quantizer_from_config
 from codalib.models.tokenizer import CodaTokenizer
@@ -45,7 +51,6 @@ VAE_FILES = tuple(  # diffusers' names of a VAE's weights, the first that is the
     f"{VAE_STEM}.{ending}"
     for ending in ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin", "fp16.bin")
 )
-CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_TIMEOUT = 10  # seconds
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -97,7 +102,7 @@ def load_vae(
         autoencoder = _read_vae(path, None, scale, shift)
     elif path.exists():
         autoencoder = _read_vae_folder(path / (subfolder or ""), scale, shift)
-    elif HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and path.suffix not in CHECKPOINTS:
+    elif HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and path.suffix not in WEIGHT_SUFFIXES:
         autoencoder = _read_vae_folder(_hub_folder(str(source), subfolder), scale, shift)
     else:
         known = ", ".join(("emoji", *PUBLISHED_VAES))
@@ -243,7 +248,7 @@ def save_tokenizer(tokenizer: CodaTokenizer, folder: str | Path, base: str | Pat
 def load_saved_tokenizer(folder: str | Path, vae: str | Path | None = None, backend: str = "auto") -> CodaTokenizer:
     """`CodaTokenizer.from_pretrained`."""
     known = EMBEDDED_TOKENIZERS.get(str(folder))
-    folder = embedded(known) if known else Path(folder)
+    folder = embedded(known) if known else Path(os.path.expanduser(folder))
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by CodaTokenizer.save_pretrained")
     config = read_json(folder / CONFIG)
@@ -310,7 +315,7 @@ def save_maskgit(model: MaskGIT, folder: str | Path, dtype: str = "float32") -> 
 def load_maskgit(folder: str | Path) -> MaskGIT:
     """`MaskGIT.from_pretrained`: a saved folder or one of `EMBEDDED_GENERATORS` by its name; float32, frozen."""
     known = EMBEDDED_GENERATORS.get(str(folder))
-    path = embedded(known) if known else Path(folder).expanduser()
+    path = embedded(known) if known else Path(os.path.expanduser(folder))
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
         raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
     config, state = read_json(path / CONFIG), read_weights(path / WEIGHTS)

@@ -7,6 +7,7 @@ not expected or of another shape are counted, and the first listed, in one error
 """
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -201,7 +202,7 @@ def load_released_tokenizer(
     Raises:
         ValueError: files are missing, or tensors do not fit; the message names the file and the first of them.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights is {weights!r}, expected 'averaged', 'trained' or None")
     if weights is None:
