@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from codalib.base.paths import DATA, runs_folder
 
@@ -307,3 +307,9 @@ def raise_differences(what: str, problems: list[str]) -> None:
     if problems:
         more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise ValueError(f"{what} does not fit, {len(problems)} tensors differ: {'; '.join(problems[:LISTED])}{more}")
+
+
+def load_checked(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """`module.load_state_dict`; tensors that are missing, not expected or mis-shaped are one ValueError, about WHAT."""
+    raise_differences(what, differences(shapes_of(state), shapes_of(module.state_dict())))
+    module.load_state_dict(state)

@@ -36,6 +36,7 @@ from codalib.pretrained.registry import (
     MissingWeights,
     differences,
     find_weights,
+    load_checked,
     raise_differences,
     read_weights,
     reason,
@@ -269,12 +270,8 @@ def load_saved_tokenizer(folder: str | Path, vae: str | Path | None = None, back
         load_adapters(base, folder)
     with naming(folder / CONFIG):
         quantizer = quantizer_from_config(config["quantizer"], backend)
-    state = read_weights(folder / QUANTIZER_WEIGHTS)
-    raise_differences(
-        f"{folder / QUANTIZER_WEIGHTS} with its {CONFIG}",
-        differences(shapes_of(state), shapes_of(quantizer.state_dict())),
-    )
-    quantizer.load_state_dict(state)
+    weights = folder / QUANTIZER_WEIGHTS
+    load_checked(quantizer, read_weights(weights), f"{weights} with its {CONFIG}")
     tokenizer = CodaTokenizer(base, quantizer).eval().requires_grad_(False)
     tokenizer.base = str(source)
     return tokenizer
@@ -321,8 +318,6 @@ def load_maskgit(folder: str | Path) -> MaskGIT:
     config, state = read_json(path / CONFIG), read_weights(path / WEIGHTS)
     with naming(path / CONFIG):
         model, info = MaskGIT(**config["model"], code_values=state.get("code_values")), config["info"]
-    wrong = differences(shapes_of(state), shapes_of(model.state_dict()))
-    raise_differences(f"{path / WEIGHTS} with its {CONFIG}", wrong)
-    model.load_state_dict(state)
+    load_checked(model, state, f"{path / WEIGHTS} with its {CONFIG}")
     model.info = info
     return model.eval().requires_grad_(False)
