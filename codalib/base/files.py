@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -42,14 +41,16 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder to fill, PATH.part, that takes the place of PATH once the block has ended without an error."""
-    path, partial = Path(path), Path(f"{path}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if path.exists():
-        shutil.rmtree(path)
-    partial.replace(path)
+    """An empty folder to fill, hidden beside PATH, that takes its place once the block has ended without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as own:  # of this process alone
+        new = Path(own) / "new"
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(Path(own) / "old")
+        new.rename(path)
 
 
 def read_json(path: str | Path) -> Any:

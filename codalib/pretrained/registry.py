@@ -278,7 +278,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, Mapping):
         state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), state)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"expected named tensors (a state dict) in {path}, got {found[:200] or 'nothing'}")
     if all(re.match(PREFIXES, name) for name in state):

@@ -1,4 +1,4 @@
-"""Digests of files follow their bytes."""
+"""Folders are replaced whole; digests of files follow their bytes."""
 
 import hashlib
 import os
@@ -6,7 +6,7 @@ import os
 import pytest
 
 from codalib.base import files
-from codalib.base.files import file_digest
+from codalib.base.files import atomic_folder, file_digest
 
 
 @pytest.fixture
@@ -52,3 +52,16 @@ def test_without_a_folder_of_runs_nothing_is_written(runs, tmp_path):
     (tmp_path / "weights").write_bytes(b"one")
     assert file_digest(tmp_path / "weights") == hashlib.sha256(b"one").hexdigest()
     assert not runs.exists()
+
+
+def test_two_writers_of_a_folder_leave_each_others_files_alone(tmp_path):
+    with atomic_folder(tmp_path / "model") as first:
+        (first / "weights").write_text("first")
+        with atomic_folder(tmp_path / "model") as second:
+            (second / "weights").write_text("second")
+        assert (tmp_path / "model" / "weights").read_text() == "second"
+    assert (tmp_path / "model" / "weights").read_text() == "first"
+    with pytest.raises(TypeError), atomic_folder(tmp_path / "model") as third:
+        (third / "weights").write_text(3)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -111,14 +111,20 @@ def test_adapters_of_another_tokenizer_do_not_slip_in(tokenizer, saved, tmp_path
 @pytest.mark.parametrize("change", [{"seed": 1}, {"scaling_factor": 0.6}])
 def test_another_vae_of_equal_shapes_is_refused(tokenizer, saved, change):
     tiny_vae(**change).save_pretrained(saved)
-    with pytest.raises(ValueError, match=r"was saved on the VAE \w{16}, got \w{16} at"):
+    with pytest.raises(ValueError, match=r"tokenizer: it was saved on the VAE \w{16}, got the VAE \w{16}"):
         load_tokenizer(tokenizer)
+    with pytest.raises(ValueError, match=r"adapters\.json: it was saved on the VAE \w{16}"):
+        ours.load_adapters(load_vae(saved), tokenizer)
 
 
 def test_folders_saved_before_the_record_still_load(tokenizer):
     config = read_json(tokenizer / "config.json")
     before = load_tokenizer(tokenizer)
     write_json(tokenizer / "config.json", {name: config[name] for name in ("vae", "quantizer")})
+    assert same(load_tokenizer(tokenizer), before)
+    settings = read_json(tokenizer / "adapters.json")
+    del settings["vae_digest"]
+    write_json(tokenizer / "adapters.json", settings)
     assert same(load_tokenizer(tokenizer), before)
     (tokenizer / "adapters.json").unlink()
     with pytest.raises(ValueError, match=r"holds no adapters\.json"):  # one without the other
@@ -202,6 +208,7 @@ def test_scale_and_shift_of_the_config_are_used(saved):
     latents = vae.encode(image, sample=False)
     assert torch.equal(latents, (z - 0.25) * 0.5)
     assert torch.equal(vae.decode(latents), vae.autoencoder.decode(latents / 0.5 + 0.25).sample)
+    assert load_vae(saved / FILE).scale == 0.5  # the config.json beside it counts
     given = load_vae(saved, scale=2.0, shift=1.0)
     assert torch.equal(given.encode(image, sample=False), (z - 1) * 2)
 

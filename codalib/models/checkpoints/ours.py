@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from diffusers import AutoencoderKL
 from huggingface_hub.errors import EntryNotFoundError
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -44,9 +44,7 @@ from codalib.pretrained.registry import (
 )
 from codalib.pretrained.vae_layouts import build_autoencoder, vae_tensors
 
-log = logging.getLogger(__name__)
-
-VAE_CLASS = "AutoencoderKL"  # of diffusers
+VAE_CLASS = AutoencoderKL.__name__
 VAE_STEM = "diffusion_pytorch_model"
 VAE_FILES = tuple(  # diffusers' names of a VAE's weights, the first that is there is read
     f"{VAE_STEM}.{ending}"
@@ -99,7 +97,7 @@ def load_vae(
         except MissingWeights as error:
             raise ValueError(str(error)) from error
     path = Path(os.path.expanduser(source))
-    if path.is_file() and not path.name.startswith(VAE_STEM):
+    if path.is_file() and not (path.name.startswith(VAE_STEM) and (path.parent / CONFIG).exists()):
         autoencoder = _read_vae(path, None, scale, shift)
     elif path.exists():
         autoencoder = _read_vae_folder(path / (subfolder or ""), scale, shift)
@@ -111,7 +109,7 @@ def load_vae(
     return ContinuousVAE(autoencoder).eval().requires_grad_(False)
 
 
-def _read_vae_folder(folder: Path, scale: float | None, shift: float | None) -> Any:
+def _read_vae_folder(folder: Path, scale: float | None, shift: float | None) -> AutoencoderKL:
     """The autoencoder of a folder of diffusers, or of one of the files in it."""
     files = (folder.name,) if folder.is_file() else VAE_FILES
     folder = folder.parent if folder.is_file() else folder
@@ -127,7 +125,7 @@ def _read_vae_folder(folder: Path, scale: float | None, shift: float | None) -> 
     return _read_vae(path, config, scale, shift)
 
 
-def _read_vae(path: Path, config: Mapping | None, scale: float | None, shift: float | None) -> Any:
+def _read_vae(path: Path, config: Mapping | None, scale: float | None, shift: float | None) -> AutoencoderKL:
     state = _read_shards(path) if path.suffix == ".json" else read_weights(path)
     if any(".lora_layer." in name for name in state):
         raise ValueError(
@@ -150,8 +148,7 @@ def _hub_folder(name: str, subfolder: str | None) -> Path:
     try:
         for inside in ("", "vae/") if subfolder is None else (f"{subfolder}/",):
             if config := _hub_file(name, inside + CONFIG):
-                weights = any(_hub_file(name, inside + file) for file in VAE_FILES if not file.endswith(".json"))
-                log.info("%s: %s", name, config.parent if weights else "no weights")
+                any(_hub_file(name, inside + file) for file in VAE_FILES if not file.endswith(".json"))  # the first
                 return config.parent
     except Exception as error:  # those of huggingface_hub's HTTP client, which is another in each of its versions
         raise ValueError(
@@ -169,9 +166,9 @@ def _hub_file(repository: str, file: str) -> Path | None:
     url, token = huggingface_hub.hf_hub_url(repository, file), huggingface_hub.get_token() or False
     try:  # asked for once: without a network, hf_hub_download would try again for 23 s
         huggingface_hub.get_hf_file_metadata(url, token=token, timeout=HUB_TIMEOUT)
-        return Path(huggingface_hub.hf_hub_download(repository, file))
     except EntryNotFoundError:
         return None
+    return Path(huggingface_hub.hf_hub_download(repository, file))
 
 
 def plain_copy(vae: ContinuousVAE, merge: bool) -> ContinuousVAE:
@@ -194,7 +191,7 @@ def save_adapters(vae: ContinuousVAE, folder: str | Path) -> None:
     state = get_peft_model_state_dict(vae.autoencoder)
     with atomic_write(Path(folder) / ADAPTER_WEIGHTS, "wb") as file:
         file.write(save(_on_cpu(state)))
-    write_json(Path(folder) / ADAPTER_CONFIG, vae.adapter_settings)
+    write_json(Path(folder) / ADAPTER_CONFIG, vae.adapter_settings | {"vae_digest": vae_digest(vae)})
 
 
 def load_adapters(vae: ContinuousVAE, folder: str | Path) -> ContinuousVAE:
@@ -206,6 +203,7 @@ def load_adapters(vae: ContinuousVAE, folder: str | Path) -> ContinuousVAE:
     state = read_weights(folder / ADAPTER_WEIGHTS)
     with naming(folder / ADAPTER_CONFIG):
         settings = read_json(folder / ADAPTER_CONFIG)
+        check_digest(vae, settings)
         add_adapters(vae, settings["where"], settings["rank"], tuple(settings["layers"]))
     expected = shapes_of(get_peft_model_state_dict(vae.autoencoder))
     raise_differences(f"{folder / ADAPTER_WEIGHTS} on this VAE", differences(shapes_of(state), expected))
@@ -221,6 +219,12 @@ def vae_digest(vae: ContinuousVAE) -> str:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.float().numpy().data)
     return digest.hexdigest()[:16]
+
+
+def check_digest(vae: ContinuousVAE, config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a config, saved since it records the VAE's digest, was saved on another than this."""
+    if config.get("vae_digest", found := vae_digest(vae)) != found:
+        raise ValueError(f"it was saved on the VAE {config['vae_digest']}, got the VAE {found}: give its own as base")
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -261,11 +265,7 @@ def load_saved_tokenizer(folder: str | Path, vae: str | Path | None = None, back
         raise ValueError(f"{folder / CONFIG} names the VAE {source}, outside of where it may point: give its base")
     with naming(folder):
         base = load_vae(source)
-    if config.get("vae_digest", found := vae_digest(base)) != found:
-        raise ValueError(
-            f"{folder} was saved on the VAE {config['vae_digest']}, got {found} at {source}: give the one that it was "
-            "trained on as its base"
-        )
+        check_digest(base, config)
     if adapted:
         load_adapters(base, folder)
     with naming(folder / CONFIG):
