@@ -278,7 +278,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, Mapping):
         state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), state)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in state.items())
+    if not named:
         found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"expected named tensors (a state dict) in {path}, got {found[:200] or 'nothing'}")
     if all(re.match(PREFIXES, name) for name in state):

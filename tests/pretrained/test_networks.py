@@ -64,6 +64,9 @@ def test_unknown_network_and_damaged_file(weights_folder):
     (weights_folder / "dino_deitsmall16_pretrain.pth").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="fetch it again"):
         features.DinoViTS16()
+    torch.save({0: torch.ones(1)}, weights_folder / "dino_deitsmall16_pretrain.pth")
+    with pytest.raises(ValueError, match=r"expected named tensors .*got 0"):
+        features.DinoViTS16()
     torch.save([1, 2], weights_folder / "dino_deitsmall16_pretrain.pth")
     with pytest.raises(ValueError, match=r"expected named tensors .*got list"):
         features.DinoViTS16()
