@@ -58,7 +58,12 @@ class TextEncoder(FrozenNetwork):
         self.length = length
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with _quiet():
-            self.model = model.from_pretrained(folder, local_files_only=True, **settings).float()
+            self.model, info = model.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **settings
+            )
+        if missing := sorted(info["missing_keys"]):  # transformers would leave them random
+            raise ValueError(f"the weights in {folder} lack {len(missing)} tensors: {', '.join(missing[:3])}")
+        self.model.float()
         self.dim = self.model.config.hidden_size
         self.freeze()
 

@@ -7,22 +7,22 @@ what attention does without residual levels, and its codes lie in the space of t
 """
 
 import itertools
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from codalib.base.files import read_json, write_json
+from codalib.base.files import atomic_folder, read_json, write_json
 from codalib.base.paths import DATA, embedded
 from codalib.evaluation.latents import latent_scores
 from codalib.experiments.paper import TABLE_1
 from codalib.experiments.sweeps import BEST, PAPER, sweep
 from codalib.models.quantizer import ResidualQuantizer
+from codalib.pretrained.registry import load_checked, read_weights
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import QuantizerSettings
 
@@ -168,23 +168,18 @@ def chosen(trials: Sequence[Trial], method: str, setting: str) -> list[Trial]:
 # --- files ------------------------------------------------------------------------------------------------------------
 def save_trials(trials: Sequence[Trial], folder: str | Path, vae: str) -> None:
     """Write the trials, and the name of the VAE whose latents they quantize, as FOLDER, replacing what was there."""
-    folder, partial = Path(folder), Path(f"{folder}.part")
-    shutil.rmtree(partial, ignore_errors=True)
     rows = []
-    for number, trial in enumerate(trials):
-        states = {"": trial.quantizer} | {f"-step-{step}": state for step, state in trial.snapshots}
-        for mark, quantizer in states.items():
-            partial.mkdir(parents=True, exist_ok=True)
-            tensors = {name: value.detach().cpu().contiguous() for name, value in quantizer.state_dict().items()}
-            save_file(tensors, partial / f"{number:03d}{mark}.safetensors")
-        scores = {"quantization_error": trial.quantization_error, "utilization": trial.utilization}
-        steps = [step for step, _ in trial.snapshots]
-        rows.append({"method": trial.method, "settings": asdict(trial.settings), **scores, "snapshots": steps})
-    channels = trials[0].quantizer.latent_channels
-    write_json(partial / TRIALS, {"vae": vae, "latent_channels": channels, "trials": rows})
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.replace(folder)
+    with atomic_folder(folder) as new:
+        for number, trial in enumerate(trials):
+            states = {"": trial.quantizer} | {f"-step-{step}": state for step, state in trial.snapshots}
+            for mark, quantizer in states.items():
+                tensors = {name: value.detach().cpu().contiguous() for name, value in quantizer.state_dict().items()}
+                save_file(tensors, new / f"{number:03d}{mark}.safetensors")
+            scores = {"quantization_error": trial.quantization_error, "utilization": trial.utilization}
+            steps = [step for step, _ in trial.snapshots]
+            rows.append({"method": trial.method, "settings": asdict(trial.settings), **scores, "snapshots": steps})
+        channels = trials[0].quantizer.latent_channels
+        write_json(new / TRIALS, {"vae": vae, "latent_channels": channels, "trials": rows})
 
 
 def load_trials(folder: str | Path) -> tuple[list[Trial], str]:
@@ -216,5 +211,5 @@ def _with_state(settings: QuantizerSettings, channels: int, file: Path) -> Resid
     """A quantizer of these settings with the weights of FILE.safetensors, frozen."""
     with torch.random.fork_rng(devices=[]):  # fresh weights that are overwritten: the caller's randomness stays
         quantizer = settings.build_quantizer(channels)
-    quantizer.load_state_dict(load_file(f"{file}.safetensors"))
+    load_checked(quantizer, read_weights(f"{file}.safetensors"), f"{file}.safetensors")
     return quantizer.eval().requires_grad_(False)

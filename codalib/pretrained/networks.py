@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from codalib.pretrained.registry import find_weights, read_weights
+from codalib.pretrained.registry import find_weights, load_checked, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -137,11 +137,11 @@ class DinoViTS16(FrozenNetwork):
 
     def __init__(self) -> None:
         super().__init__()
-        state = read_weights(find_weights("dino_vits16"))
+        path = find_weights("dino_vits16")
         self.model = timm.create_model(
             "vit_small_patch16_224", pretrained=False, num_classes=0, dynamic_img_size=True
         )  # dynamic: the position embeddings are interpolated for sides other than 224
-        self.model.load_state_dict(state)
+        load_checked(self.model, read_weights(path), str(path))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.freeze()
@@ -179,7 +179,12 @@ class InceptionFID(FrozenNetwork):
         super().__init__()
         path = find_weights("inception_fid")
         read_weights(path)  # torch-fidelity reads with weights_only=False: first make sure that there are only tensors
-        self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+        try:
+            self.model = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=path
+            )
+        except RuntimeError as error:  # of other tensors
+            raise ValueError(f"{path} does not fit ({' '.join(str(error).split())[:300]})") from error
         self.freeze()
 
     @torch.no_grad()
@@ -201,14 +206,14 @@ class LpipsVGG(FrozenNetwork):
 
     def __init__(self) -> None:
         super().__init__()
-        state = read_weights(find_weights("vgg16_lpips"))
+        path = find_weights("vgg16_lpips")
+        state = read_weights(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # lpips uses torchvision's old `pretrained` argument
             self.model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         # lpips cuts VGG's `features` into slices and keeps the layers' numbers: slice2.5.weight is features.5.weight.
-        self.model.net.load_state_dict(
-            {name: state[f"features.{name.split('.', 1)[1]}"] for name in self.model.net.state_dict()}
-        )
+        ours = {name: f"features.{name.split('.', 1)[1]}" for name in self.model.net.state_dict()}
+        load_checked(self.model.net, {name: state[vgg] for name, vgg in ours.items() if vgg in state}, str(path))
         self.freeze()
 
     def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:

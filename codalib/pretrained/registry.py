@@ -7,21 +7,24 @@ are other files' business.
 
 import importlib.util
 import os
-import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from codalib.base.paths import DATA
+from codalib.base.paths import DATA, runs_folder
+
+Shapes = dict[str, tuple[int, ...]]
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # diffusers' names
-WRAPPERS = ("model", "state_dict")  # names under which training scripts nest the tensors that they save
+WRAPPERS = ("state_dict", "model", "module", "ema", "model_ema")  # under which training scripts nest their tensors
+PREFIXES = r"(?:module\.|_orig_mod\.)+"  # of every name, from torch's wrappers
+LISTED = 8  # tensors named in one message
 RELEASED_FILES = (("vae_ema.pth", "quantizer_ema.pth"), ("vae.pth", "quantizer.pth"))  # averaged, as trained
 
 
@@ -177,8 +180,11 @@ NETWORKS: dict[str, Network] = {
 
 
 def weights_folder() -> Path:
-    """The folder of weights fetched by the user: $CODALIB_WEIGHTS, or ~/.cache/codalib where it is not set."""
-    return Path(os.environ.get("CODALIB_WEIGHTS") or Path.home() / ".cache" / "codalib")
+    """The folder of weights fetched by the user: $CODALIB_WEIGHTS, or ~/.cache/codalib where it is not set, or weights/
+    in the folder of runs where there is no home."""
+    home = os.path.expanduser("~")  # which Path.home would raise at
+    default = runs_folder("weights") if home == "~" else Path(home) / ".cache" / "codalib"
+    return Path(os.environ.get("CODALIB_WEIGHTS") or default)
 
 
 def find_weights(name: str) -> Path:
@@ -236,26 +242,75 @@ def network_status() -> list[dict[str, str | bool]]:
     return rows
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint: .safetensors, or a .pth (.pt, .ckpt) read without running code from it.
+# --- reading ----------------------------------------------------------------------------------------------------------
+def reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
-    Tensors that a training script nested under "model" or "state_dict", and the "module." that a wrapper puts before
-    every name, are unwrapped. Raises ValueError on a damaged file or one that holds no named tensors.
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint: .safetensors, or a .pth (.pt, .ckpt, .bin) read without running code from it.
+
+    Tensors that a training script nested under one of `WRAPPERS` (the first that is there), and what a wrapper puts
+    before every name, are unwrapped. Raises ValueError on a file that is missing, damaged, a Git LFS pointer, or holds
+    no named tensors or other objects beside them.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'not here'}, expected a file of weights")
+    with open(path, "rb") as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull in its repository")
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as named tensors ({reason}): remove it and fetch it again") from error
+    except Exception as error:  # a damaged file can raise anything in the unpickler
+        if other := re.search(r"[Uu]nsupported (?:global|class)[^\n]*?(?:GLOBAL )?([\w.]+\.[\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} holds objects ({other[1]}) beside its tensors, which could run code and are not loaded: save "
+                "its state dict alone, best as .safetensors, where it was made"
+            ) from error
+        raise ValueError(
+            f"{path} cannot be read as named tensors ({reason(error)}): remove it and fetch it again"
+        ) from error
     if isinstance(state, Mapping):
         state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), state)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, Mapping) and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in state.items())
+    if not named:
         found = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"expected named tensors (a state dict) in {path}, got {found[:200] or 'nothing'}")
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    if all(re.match(PREFIXES, name) for name in state):
+        state = {re.sub(f"^{PREFIXES}", "", name): value for name, value in state.items()}
     return dict(state)
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def differences(found: Shapes, expected: Shapes) -> list[str]:
+    """What is wrong with FOUND, one phrase a tensor: missing, not expected, or of another shape."""
+    missing = [f"{name} is missing (shape {expected[name]})" for name in sorted(expected.keys() - found.keys())]
+    extra = [f"{name} is not expected (shape {found[name]})" for name in sorted(found.keys() - expected.keys())]
+    shaped = [
+        f"{name} has shape {found[name]}, expected {expected[name]}"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name] != expected[name]
+    ]
+    return missing + extra + shaped
+
+
+def raise_differences(what: str, problems: list[str]) -> None:
+    """Raise one ValueError that counts the problems and lists the first `LISTED`; none, nothing."""
+    if problems:
+        more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise ValueError(f"{what} does not fit, {len(problems)} tensors differ: {'; '.join(problems[:LISTED])}{more}")
+
+
+def load_checked(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """`module.load_state_dict`; tensors that are missing, not expected or mis-shaped are one ValueError, about WHAT."""
+    raise_differences(what, differences(shapes_of(state), shapes_of(module.state_dict())))
+    module.load_state_dict(state)

@@ -7,6 +7,7 @@ where it broke off. Without a network each missing file gets one sentence: where
 """
 
 import argparse
+import errno
 import hashlib
 import http.client
 import logging
@@ -17,12 +18,14 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import huggingface_hub
+from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
@@ -35,6 +38,7 @@ from codalib.workflow.profiles import StageError, profile_path, profile_section,
 log = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"  # in the weights folder: {file: {"sha256", "bytes", "from"}}
+LOCK = ".lock"  # in the weights folder: held by the process that writes there
 ATTEMPTS = 3  # connections a file; each goes on where the last one broke off
 TIMEOUT = 30  # seconds without an answer
 CHUNK = 2**20  # bytes
@@ -141,9 +145,12 @@ def _fetch_file(network: Network, inner: str, path: Path) -> None:
     by_hand = f"get {url} by another way and put it at {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if network.hub:
-            file |= _on_the_hub(url)
-        download(url, path, **file)
+        with _alone():
+            if path.is_file():  # another process has brought it meanwhile
+                return
+            if network.hub:
+                file |= _on_the_hub(url)
+            download(url, path, **file)
     except (urllib.error.HTTPError, HfHubHTTPError) as error:
         code = error.code if isinstance(error, urllib.error.HTTPError) else error.response.status_code
         said = f"{code} {HTTPStatus(code).phrase}"
@@ -155,7 +162,24 @@ def _fetch_file(network: Network, inner: str, path: Path) -> None:
         kind = NotThere if code == HTTPStatus.NOT_FOUND else FetchError
         raise kind(f"{path.name} was not fetched (the server says {said}): {by_hand}.") from error
     except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+            by_hand = "set CODALIB_WEIGHTS to a folder that can be written"
         raise FetchError(f"{path.name} was not fetched ({_reason(error)}): {by_hand}.") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hold the lock of the weights folder, so that no process touches the parts and the checksums of another."""
+    lock = FileLock(weights_folder() / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another process fetches into %s: waiting for it", weights_folder())
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _on_the_hub(url: str) -> dict[str, str]:
@@ -187,7 +211,7 @@ def download(url: str, path: Path, sha256: str = "", location: str = "", version
         path: in a folder that is there.
         sha256: all or its first digits; "" takes whatever comes.
         location: where the server keeps the file, if not at the URL.
-        version: changes with the file; "" takes the server's ETag.
+        version: changes with the file; "" takes the server's ETag or date. Without any, nothing is gone on with.
         token: sent to the location's host, and to no other that it redirects to.
     Raises:
         FetchError: another SHA-256; what came is removed. Or the disk is full.
@@ -237,9 +261,9 @@ def _continue(request: urllib.request.Request, part: Path, version: str) -> None
         _discard(part)
         return _continue(request, part, version)
     with response:
-        version, known = version or response.headers.get("ETag") or "", _version(part)
+        version, known = version or _version_of(response), _version(part)
         appending = response.status == HTTPStatus.PARTIAL_CONTENT
-        if appending and (not known.exists() or known.read_text() != version):
+        if appending and not (version and known.exists() and known.read_text() == version):
             _discard(part)
             return _continue(request, part, version)
         done = done if appending else 0
@@ -259,6 +283,10 @@ def _continue(request: urllib.request.Request, part: Path, version: str) -> None
                 bar.update(len(chunk))
     if total is not None and done < total:
         raise ConnectionError(f"the connection broke off after {done:,} of {total:,} bytes; run again to go on")
+
+
+def _version_of(response: http.client.HTTPResponse) -> str:
+    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
 
 
 def _part(path: Path) -> Path:
@@ -297,7 +325,11 @@ def _verify(path: Path) -> None:
             f"replaced, so remove it and run again (or, if it is meant, its line in {weights_folder() / CHECKSUMS})."
         )
     if known is None:
-        _keep(path, found, path.stat().st_size, "was here")
+        try:
+            with _alone():
+                _keep(path, found, path.stat().st_size, "was here")
+        except OSError as error:  # a folder of others, that one may only read
+            log.warning("the SHA-256 of %s is not kept (%s)", path, _reason(error))
 
 
 def _keep(path: Path, sha256: str, size: int, origin: str) -> None:
@@ -332,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("Stopped: run again to go on where it was.")
         return INTERRUPTED
-    except (StageError, OSError) as error:
+    except (StageError, OSError, ValueError) as error:
         log.error("%s", error)
         return 1
     for problem in problems:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
@@ -65,6 +66,15 @@ def test_a_caption_does_not_depend_on_its_batch(minilm):
     alone, _ = minilm.tokens(CAPTIONS[:1])
     together, mask = minilm.tokens(CAPTIONS)
     torch.testing.assert_close(alone[0], together[0][mask[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_with_missing_tensors_does_not_load(tmp_path):
+    make_clip(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    save_file({name: value for name, value in state.items() if not name.endswith("layers.1.mlp.fc1.bias")}, file)
+    with pytest.raises(ValueError, match=r"lack 1 tensors: .*layers\.1\.mlp\.fc1\.bias"):
+        text.TextEncoder(tmp_path, CLIPTextModel, 8)
 
 
 def test_encoders_are_frozen_and_not_saved(minilm):

@@ -37,6 +37,7 @@ from codalib.pretrained.vae_layouts import (
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {"block_out_channels": (32, 32, 64, 64, 64), "layers_per_block": 1, "latent_channels": 4}
+SCALES = {"ldm": {"scale": 0.2325}, "diffusers": {"scale": 0.3611, "shift": 0.1159}}  # of the small VAEs
 SMALL_FLUX = {"block_out_channels": (32, 64, 64, 96), "layers_per_block": 1, "latent_channels": 4}
 
 
@@ -175,7 +176,7 @@ def test_any_size_and_rank_is_the_same_function(layout, rank, where):
     vae = small_vae(layout, rank, where)
     state = released_state(vae, layout)
     assert layout_of(state) == layout
-    loaded = load_adapted_vae(state)
+    loaded = load_adapted_vae(state, **SCALES[layout])
     assert (loaded.adapter_settings or {}).get("rank") == rank
     assert (loaded.scale, loaded.shift) == ((0.2325, 0.0) if layout == "ldm" else (0.3611, 0.1159))
     with torch.no_grad():
@@ -188,7 +189,7 @@ def test_any_size_and_rank_is_the_same_function(layout, rank, where):
 
 
 def test_loaded_adapters_are_ours(tmp_path):
-    vae = load_adapted_vae(released_state(small_vae("ldm", rank=3), "ldm"))
+    vae = load_adapted_vae(released_state(small_vae("ldm", rank=3), "ldm"), scale=0.2325)
     with torch.no_grad():
         expected = vae(picture(), sample=False)
         assert torch.allclose(plain_copy(vae, merge=True)(picture(), sample=False), expected, atol=1e-5)
@@ -203,7 +204,7 @@ def test_loaded_adapters_are_ours(tmp_path):
 def test_the_callers_tensors_are_left_alone():
     state = released_state(small_vae("ldm", rank=2), "ldm")
     before = {name: value.clone() for name, value in state.items()}
-    vae = load_kl16(state)
+    vae = load_kl16(state, scale=0.2325)
     with torch.no_grad():
         for parameter in vae.parameters():
             parameter.add_(1)
@@ -215,7 +216,7 @@ def test_the_projections_of_attention_are_convolutions_there_and_linear_layers_h
     assert state["encoder.down.4.attn.0.q.weight"].shape == (64, 64, 1, 1)
     assert state["decoder.mid.attn_1.proj_out.weight"].shape == (64, 64, 1, 1)
     assert not any(".attn.3" in name or "up.0.attn" in name for name in state)
-    autoencoder = build_autoencoder(state)
+    autoencoder = build_autoencoder(state, scale=1.0)
     assert autoencoder.encoder.down_blocks[4].attentions[0].to_q.weight.shape == (64, 64)
     assert published_name("decoder.up_blocks.1.resnets.0.conv1", "ldm", 5) == "decoder.up.3.block.0.conv1"
 
@@ -331,10 +332,10 @@ def same(tokenizer, parts):
 @pytest.mark.parametrize(("layout", "scales"), [("ldm", (1, 2, 3, 4)), ("diffusers", (1, 2, 5, 8))])
 def test_a_released_folder_loads_and_goes_back(tmp_path, layout, scales):
     parts = released_folder(tmp_path / "theirs", layout, scales)
-    tokenizer = load_released_tokenizer(tmp_path / "theirs", scales=scales)
+    tokenizer = load_released_tokenizer(tmp_path / "theirs", scales=scales, **SCALES[layout])
     assert tokenizer.resolution == 64
     same(tokenizer, parts["_ema"])
-    same(load_released_tokenizer(tmp_path / "theirs", weights="trained", scales=scales), parts[""])
+    same(load_released_tokenizer(tmp_path / "theirs", "trained", scales=scales, **SCALES[layout]), parts[""])
     export_tokenizer(tokenizer, tmp_path / "ours")
     export_tokenizer(tokenizer, tmp_path / "ours", weights="trained")
     for name in ("vae_ema", "quantizer_ema"):
@@ -351,8 +352,9 @@ def test_a_released_folder_loads_and_goes_back(tmp_path, layout, scales):
 
 def test_released_scales_are_the_default(tmp_path):
     released_folder(tmp_path, "ldm", MAR_SCALES, kinds=("",))
-    assert load_released_tokenizer(tmp_path).resolution == 256
-    assert load_released_tokenizer(tmp_path).quantizer.scales == MAR_SCALES
+    tokenizer = load_released_tokenizer(tmp_path, scale=0.2325)
+    assert tokenizer.resolution == 256
+    assert tokenizer.quantizer.scales == MAR_SCALES
 
 
 def test_a_file_of_adapters_alone_takes_the_rest_from_the_base(tmp_path):
@@ -361,11 +363,11 @@ def test_a_file_of_adapters_alone_takes_the_rest_from_the_base(tmp_path):
     torch.save({"model": {n: v for n, v in whole.items() if "lora" in n}}, tmp_path / "vae_ema.pth")
     trained = {n: v for n, v in whole.items() if "lora" not in n}
     torch.save({f"module.{n}": v for n, v in trained.items()}, tmp_path / "vae.pth")
-    same(load_released_tokenizer(tmp_path, scales=(1, 2, 4)), parts["_ema"])
+    same(load_released_tokenizer(tmp_path, scales=(1, 2, 4), scale=0.2325), parts["_ema"])
     (tmp_path / "vae.pth").unlink()
-    with pytest.raises(ValueError, match=r"encoder\.conv_in\.bias is missing"):
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias is missing"):
         load_released_tokenizer(tmp_path, scales=(1, 2, 4))
-    load_kl16(trained).save_pretrained(tmp_path / "base")
+    load_kl16(trained, scale=0.2325).save_pretrained(tmp_path / "base")
     same(load_released_tokenizer(tmp_path, scales=(1, 2, 4), base=tmp_path / "base"), parts["_ema"])
 
 

@@ -64,9 +64,27 @@ def test_unknown_network_and_damaged_file(weights_folder):
     (weights_folder / "dino_deitsmall16_pretrain.pth").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="fetch it again"):
         features.DinoViTS16()
+    torch.save({0: torch.ones(1)}, weights_folder / "dino_deitsmall16_pretrain.pth")
+    with pytest.raises(ValueError, match=r"expected named tensors .*got 0"):
+        features.DinoViTS16()
     torch.save([1, 2], weights_folder / "dino_deitsmall16_pretrain.pth")
     with pytest.raises(ValueError, match=r"expected named tensors .*got list"):
         features.DinoViTS16()
+
+
+@pytest.mark.parametrize(
+    ("build", "file", "lost"),
+    [
+        (features.DinoViTS16, "dino_deitsmall16_pretrain.pth", r"15\d tensors differ: .* is missing"),
+        (features.lpips_vgg, "vgg16-397923af.pth", r"26 tensors differ: .* is missing"),
+        (features.InceptionFID, "weights-inception-2015-12-05-6726825d.pth", "Missing key"),
+    ],
+)
+def test_tensors_of_another_network_are_one_sentence(weights_folder, build, file, lost):
+    torch.save({"other.weight": torch.zeros(2)}, weights_folder / file)
+    with pytest.raises(ValueError, match=f"{file} does not fit.*{lost}") as caught:
+        build()
+    assert "\n" not in str(caught.value)
 
 
 def test_torch_hub_folder_is_looked_at(weights_folder, tmp_path):

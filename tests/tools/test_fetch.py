@@ -1,10 +1,12 @@
 """Fetching, against a server of this machine that can break off, lie, hide, demand a token and send elsewhere."""
 
+import errno
 import hashlib
 import http.server
 import re
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,7 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
+        if server.etags:
+            self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -74,7 +77,7 @@ def make_server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.sent_on, server.linked, server.gated = {}, {}, {}, set()
     server.requests, server.asked = [], []  # GET and HEAD: (path, range, authorization)
-    server.breaks, server.ranges = 0, True
+    server.breaks, server.ranges, server.etags = 0, True, True
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     return server
@@ -118,7 +121,7 @@ def hub(server, weights, monkeypatch):
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != fetch.LOCK)
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -176,6 +179,40 @@ def test_a_whole_part_needs_nothing_more(network, server, weights):
     part.write_bytes(CONTENT + b"more than there is")
     assert fetch.fetch("tiny") == []
     assert (weights / network.file).read_bytes() == CONTENT
+
+
+def test_one_process_leaves_anothers_part_alone(network, server, weights):
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fetch.fetch, ["tiny"] * 4)) == [[], [], [], []]
+    assert len(server.requests) == 1
+    assert (weights / network.file).read_bytes() == CONTENT
+
+
+def test_a_server_that_tells_no_version_is_asked_anew(network, server, weights):
+    server.breaks, server.etags = 1, False
+    assert fetch.fetch("tiny") == []
+    assert (weights / network.file).read_bytes() == CONTENT
+    assert [wanted for _, wanted, _ in server.requests] == [None, "bytes=128000-", None]
+
+
+def test_a_folder_that_may_only_be_read(network, server, weights, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "FileLock", refuse)
+        (problem,) = fetch.fetch("tiny")
+        assert "Read-only file system): set CODALIB_WEIGHTS to a folder that can be written" in problem
+        (weights / network.file).write_bytes(CONTENT)
+        assert fetch.fetch("tiny") == []  # what is there is checked all the same
+    assert "is not kept" in caplog.text
+
+
+def test_broken_checksums_are_one_sentence(network, weights, caplog):
+    (weights / fetch.CHECKSUMS).write_text("{")
+    (weights / network.file).write_bytes(CONTENT)
+    assert fetch.main(["tiny"]) == 1
+    assert "checksums.json is not a JSON file" in caplog.text
 
 
 def test_a_wrong_checksum_is_refused_and_removed(network, server, weights):

@@ -1,5 +1,6 @@
 """Loading, saving and finding models: ours (`ours`), the authors' (`released`), and by name (`names`)."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from codalib.models.checkpoints.names import (
     check_models,
     find_model,
     present_models,
+    weights_digest,
 )
 from codalib.models.checkpoints.ours import CONFIG, load_adapters, load_vae, save_adapters
 from codalib.models.checkpoints.released import export_tokenizer, load_kl16, load_quantizer, load_released_tokenizer
@@ -31,6 +33,7 @@ __all__ = [
     "load_vae",
     "present_models",
     "save_adapters",
+    "weights_digest",
 ]
 
 
@@ -41,15 +44,16 @@ def load_tokenizer(
 
     Args:
         folder: "emoji" or "emoji-small"; a folder of `CodaTokenizer.save_pretrained`; or one of the release's files.
-        base: what `load_vae` takes for the VAE without adapters, where it is not the one that was saved.
+        base: what `load_vae` takes for the VAE without adapters, where it is not at the place that was saved.
         backend: the quantizer's (see `kernels.assignment`).
         released: further arguments of `load_released_tokenizer`, such as `scales`.
     Raises:
         ValueError: no tokenizer there, parts that do not fit, or a setting of the release's for a folder of ours.
     """
     known = str(folder) in EMBEDDED_TOKENIZERS
-    if known or (Path(folder).expanduser() / CONFIG).exists():
+    place = Path(folder if known else os.path.expanduser(folder))
+    if known or (place / CONFIG).exists():
         if released:
             raise ValueError(f"expected {', '.join(released)} only for a folder of the release, got {folder}, of ours")
-        return CodaTokenizer.from_pretrained(folder if known else Path(folder).expanduser(), base, backend)
+        return CodaTokenizer.from_pretrained(place, base, backend)
     return load_released_tokenizer(folder, base=base, backend=backend, **released)

@@ -1,34 +1,72 @@
 """Our own folders: the VAE, its adapters, tokenizers and MaskGIT; weights as safetensors, settings as JSON."""
 
 import copy
-import json
-from collections.abc import Mapping
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub.errors import EntryNotFoundError
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
-from codalib.base.files import atomic_folder, atomic_write, write_json
-from codalib.base.paths import embedded
-from codalib.models.adapters import add_adapters
-from codalib.models.checkpoints.names import EMBEDDED_GENERATORS, EMBEDDED_TOKENIZERS, EMOJI_VAE, PUBLISHED_VAES
+from codalib.base.files import atomic_folder, atomic_write, read_json, write_json
+from codalib.base.paths import MANIFEST, embedded
+from codalib.models.adapters import ADAPTED_PARTS, add_adapters
+from codalib.models.checkpoints.names import (
+    EMBEDDED_GENERATORS,
+    EMBEDDED_TOKENIZERS,
+    EMOJI_VAE,
+    PUBLISHED_VAES,
+    WEIGHT_SUFFIXES,
+)
 from codalib.models.maskgit import MaskGIT
 from codalib.models.quantizer_kinds import quantizer_from_config
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
-from codalib.pretrained.registry import MissingWeights, find_weights, read_weights
-from codalib.pretrained.vae_layouts import CONFIGS, build_autoencoder, differences, raise_differences, shapes_of
+from codalib.pretrained.registry import (
+    MissingWeights,
+    differences,
+    find_weights,
+    load_checked,
+    raise_differences,
+    read_weights,
+    reason,
+    shapes_of,
+)
+from codalib.pretrained.vae_layouts import build_autoencoder, vae_tensors
 
-PUBLISHED_WIDTHS = tuple(config["block_out_channels"] for config in CONFIGS.values())
-CHECKPOINTS = (".safetensors", ".pth", ".pt", ".ckpt")  # files in latent diffusion's layout
+VAE_CLASS = AutoencoderKL.__name__
+VAE_STEM = "diffusion_pytorch_model"
+VAE_FILES = tuple(  # diffusers' names of a VAE's weights, the first that is there is read
+    f"{VAE_STEM}.{ending}"
+    for ending in ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin", "fp16.bin")
+)
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_TIMEOUT = 10  # seconds
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 QUANTIZER_WEIGHTS = "quantizer.safetensors"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapters.safetensors", "adapters.json"
 STORED_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put PATH before the sentence of a ValueError, a TypeError or a KeyError from the block."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: expected {error} in it, got none") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {reason(error)}") from error
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,17 +74,21 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # --- the VAE and its adapters -----------------------------------------------------------------------------------------
-def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
+def load_vae(
+    name: str | Path, subfolder: str | None = None, scale: float | None = None, shift: float | None = None
+) -> ContinuousVAE:
     """Load a continuous VAE, frozen and in evaluation mode.
 
     Args:
         name: "emoji" (embedded); "kl16" or "flux" (the paper's two, from the weights folder); a folder written by
-            diffusers' `save_pretrained`; a file in latent diffusion's layout (MAR's kl16.safetensors); or a Hub name
-            such as "stabilityai/sd-vae-ft-mse", a gated one with the token from the environment (HF_TOKEN). What
-            follows the Hub name's two parts is the subfolder: "black-forest-labs/FLUX.1-dev/vae".
-        subfolder: where the VAE lies below the folder or Hub name, e.g. "vae".
+            diffusers' `save_pretrained`; a file in latent diffusion's layout (MAR's kl16.safetensors) or in diffusers';
+            or a Hub name OWNER/NAME such as "stabilityai/sd-vae-ft-mse", a gated one with the token from the
+            environment (HF_TOKEN). What has more parts, or a first part that is a folder here, is a path.
+        subfolder: where the VAE lies below the folder or Hub name; of a Hub name without a config.json, "vae".
+        scale, shift: of the latents, (z - shift) * scale; None: what the config.json states, or of a file without one
+            what belongs to the architecture (`pretrained.vae_layouts.RECOGNISED`).
     Raises:
-        ValueError: nothing loadable under that name; the message says what was looked for.
+        ValueError: nothing loadable under that name, tensors that do not fit, or an unknown scale.
     """
     source = embedded(EMOJI_VAE) if name == "emoji" else name
     if name in PUBLISHED_VAES:
@@ -54,41 +96,79 @@ def load_vae(name: str | Path, subfolder: str | None = None) -> ContinuousVAE:
             source = find_weights(str(name))
         except MissingWeights as error:
             raise ValueError(str(error)) from error
-    path = Path(source).expanduser()
-    if path.suffix in CHECKPOINTS and path.is_file():
-        return _load_checkpoint(path)
-    folder, is_local = path / (subfolder or ""), path.exists()
-    if is_local and not (folder / "config.json").exists():
-        raise ValueError(
-            f"{folder} holds no config.json: expected a folder written by diffusers' AutoencoderKL.save_pretrained"
-        )
-    if not is_local and subfolder is None and len(parts := str(source).split("/")) > 2:
-        source, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        autoencoder = AutoencoderKL.from_pretrained(
-            folder if is_local else str(source), subfolder=None if is_local else subfolder
-        )
-    except (OSError, ValueError) as error:  # fmt: skip
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"no VAE could be loaded from {source!s} ({reason}): give 'emoji', a diffusers folder or a Hub name"
-        ) from error
-    return ContinuousVAE(autoencoder.float()).eval().requires_grad_(False)
+    path = Path(os.path.expanduser(source))
+    if path.is_file() and not (path.name.startswith(VAE_STEM) and (path.parent / CONFIG).exists()):
+        autoencoder = _read_vae(path, None, scale, shift)
+    elif path.exists():
+        autoencoder = _read_vae_folder(path / (subfolder or ""), scale, shift)
+    elif HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and path.suffix not in WEIGHT_SUFFIXES:
+        autoencoder = _read_vae_folder(_hub_folder(str(source), subfolder), scale, shift)
+    else:
+        known = ", ".join(("emoji", *PUBLISHED_VAES))
+        raise ValueError(f"{path} is not here: expected {known}, a diffusers folder, a file, or a Hub name OWNER/NAME")
+    return ContinuousVAE(autoencoder).eval().requires_grad_(False)
 
 
-def _load_checkpoint(path: Path) -> ContinuousVAE:
-    state = read_weights(path)
+def _read_vae_folder(folder: Path, scale: float | None, shift: float | None) -> AutoencoderKL:
+    """The autoencoder of a folder of diffusers, or of one of the files in it."""
+    files = (folder.name,) if folder.is_file() else VAE_FILES
+    folder = folder.parent if folder.is_file() else folder
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by {VAE_CLASS}.save_pretrained")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("_class_name") != VAE_CLASS:
+        found = config.get("_class_name") or ", ".join(config) if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"expected the config of an {VAE_CLASS} in {folder / CONFIG}, got {found}")
+    path = next((folder / name for name in files if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder} holds no weights: expected {VAE_FILES[0]}, or another of {', '.join(VAE_FILES)}")
+    return _read_vae(path, config, scale, shift)
+
+
+def _read_vae(path: Path, config: Mapping | None, scale: float | None, shift: float | None) -> AutoencoderKL:
+    state = _read_shards(path) if path.suffix == ".json" else read_weights(path)
     if any(".lora_layer." in name for name in state):
         raise ValueError(
             f"{path} holds adapters beside its VAE: open its folder with codalib.models.checkpoints.load_tokenizer"
         )
-    autoencoder = build_autoencoder(state)
-    if autoencoder.config.block_out_channels not in PUBLISHED_WIDTHS:
+    with naming(path):
+        return build_autoencoder(vae_tensors(state), config, scale, shift)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index of sharded weights names; they lie beside it."""
+    names = set(read_json(index)["weight_map"].values())
+    if outside := sorted(name for name in names if Path(name).name != name or "\\" in name):
+        raise ValueError(f"{index}: expected files beside it, got {', '.join(outside[:3])}")
+    return {name: value for file in sorted(names) for name, value in read_weights(index.parent / file).items()}
+
+
+def _hub_folder(name: str, subfolder: str | None) -> Path:
+    """The folder of local copies of a VAE on the Hub; what was fetched before is not asked for again."""
+    try:
+        for inside in ("", "vae/") if subfolder is None else (f"{subfolder}/",):
+            if config := _hub_file(name, inside + CONFIG):
+                any(_hub_file(name, inside + file) for file in VAE_FILES if not file.endswith(".json"))  # the first
+                return config.parent
+    except Exception as error:  # those of huggingface_hub's HTTP client, which is another in each of its versions
         raise ValueError(
-            f"{path} holds a VAE of widths {autoencoder.config.block_out_channels}, whose latent scale is not known: "
-            "give it as a diffusers folder, whose config.json states the scale"
-        )
-    return ContinuousVAE(autoencoder).eval().requires_grad_(False)
+            f"{name} could not be fetched from the Hub ({reason(error)}): without a network give a local folder; for a "
+            "gated repository set HF_TOKEN, where the cache cannot be written HF_HOME"
+        ) from error
+    raise ValueError(f"{name} on the Hub holds no {CONFIG}: expected a VAE of diffusers, or give its subfolder")
+
+
+def _hub_file(repository: str, file: str) -> Path | None:
+    """The local copy of a file on the Hub, None where there is no such file."""
+    kept = huggingface_hub.try_to_load_from_cache(repository, file)
+    if isinstance(kept, str):
+        return Path(kept)
+    url, token = huggingface_hub.hf_hub_url(repository, file), huggingface_hub.get_token() or False
+    try:  # asked for once: without a network, hf_hub_download would try again for 23 s
+        huggingface_hub.get_hf_file_metadata(url, token=token, timeout=HUB_TIMEOUT)
+    except EntryNotFoundError:
+        return None
+    return Path(huggingface_hub.hf_hub_download(repository, file))
 
 
 def plain_copy(vae: ContinuousVAE, merge: bool) -> ContinuousVAE:
@@ -111,56 +191,111 @@ def save_adapters(vae: ContinuousVAE, folder: str | Path) -> None:
     state = get_peft_model_state_dict(vae.autoencoder)
     with atomic_write(Path(folder) / ADAPTER_WEIGHTS, "wb") as file:
         file.write(save(_on_cpu(state)))
-    write_json(Path(folder) / ADAPTER_CONFIG, vae.adapter_settings)
+    write_json(Path(folder) / ADAPTER_CONFIG, vae.adapter_settings | {"vae_digest": vae_digest(vae)})
 
 
 def load_adapters(vae: ContinuousVAE, folder: str | Path) -> ContinuousVAE:
     """Add the adapters of a folder written by `save_adapters` to their base VAE, in place."""
     folder = Path(folder)
-    if not (folder / ADAPTER_CONFIG).exists():
-        raise ValueError(f"{folder} holds no {ADAPTER_CONFIG}: expected a folder written by save_adapters")
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text())
-    add_adapters(vae, settings["where"], settings["rank"], tuple(settings["layers"]))
-    state, expected = load_file(folder / ADAPTER_WEIGHTS), get_peft_model_state_dict(vae.autoencoder)
-    raise_differences(f"the adapters of {folder} on this VAE", differences(shapes_of(state), shapes_of(expected)))
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).exists():
+            raise ValueError(f"{folder} holds no {name}: expected a folder written by save_adapters")
+    state = read_weights(folder / ADAPTER_WEIGHTS)
+    with naming(folder / ADAPTER_CONFIG):
+        settings = read_json(folder / ADAPTER_CONFIG)
+        check_digest(vae, settings)
+        add_adapters(vae, settings["where"], settings["rank"], tuple(settings["layers"]))
+    expected = shapes_of(get_peft_model_state_dict(vae.autoencoder))
+    raise_differences(f"{folder / ADAPTER_WEIGHTS} on this VAE", differences(shapes_of(state), expected))
     set_peft_model_state_dict(vae.autoencoder, state)
     return vae
 
 
+def vae_digest(vae: ContinuousVAE) -> str:
+    """Changes with the weights, scale and shift of a VAE, whose adapters do not count: 16 hex digits."""
+    state = {n.replace(".base_layer", ""): v for n, v in vae.autoencoder.state_dict().items() if ".lora_" not in n}
+    digest = hashlib.sha256(repr((vae.scale, vae.shift)).encode())
+    for name, value in sorted(_on_cpu(state).items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.float().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_digest(vae: ContinuousVAE, config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a config, saved since it records the VAE's digest, was saved on another than this."""
+    if config.get("vae_digest", found := vae_digest(vae)) != found:
+        raise ValueError(f"it was saved on the VAE {config['vae_digest']}, got the VAE {found}: give its own as base")
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 def save_tokenizer(tokenizer: CodaTokenizer, folder: str | Path, base: str | Path | None = None) -> None:
-    """`CodaTokenizer.save_pretrained`: the quantizer, the adapters, and the base VAE or its name."""
+    """`CodaTokenizer.save_pretrained`: the quantizer, the adapters, and the base VAE or its name.
+
+    config.json records the digest of the base VAE and the folder's other files, its parts; both are checked on loading.
+    """
     with atomic_folder(folder) as new:
         if base is None:
-            tokenizer.vae.save_pretrained(new / "vae")
+            plain_copy(tokenizer.vae, merge=False).save_pretrained(new / "vae")
         if tokenizer.vae.adapter_settings is not None:
             save_adapters(tokenizer.vae, new)
         save_file(_on_cpu(tokenizer.quantizer.state_dict()), new / QUANTIZER_WEIGHTS)
-        config = {"vae": None if base is None else str(base), "quantizer": tokenizer.quantizer.config()}
+        if base is not None and Path(base).exists():
+            base = Path(base).resolve()  # found from any working directory
+        config = {
+            "vae": None if base is None else str(base),
+            "vae_digest": vae_digest(tokenizer.vae),
+            "parts": sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()),
+            "quantizer": tokenizer.quantizer.config(),
+        }
         write_json(new / CONFIG, config)
 
 
 def load_saved_tokenizer(folder: str | Path, vae: str | Path | None = None, backend: str = "auto") -> CodaTokenizer:
     """`CodaTokenizer.from_pretrained`."""
     known = EMBEDDED_TOKENIZERS.get(str(folder))
-    folder = embedded(known) if known else Path(folder)
+    folder = embedded(known) if known else Path(os.path.expanduser(folder))
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by CodaTokenizer.save_pretrained")
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not {"vae", "quantizer"} <= config.keys():
+        raise ValueError(f"expected the vae and the quantizer of a tokenizer in {folder / CONFIG}, got another config")
+    adapted = check_parts(folder, config)
     source = vae or config["vae"] or folder / "vae"
-    base = load_vae(source)
-    if (folder / ADAPTER_CONFIG).exists():
+    if vae is None and ".." in Path(source).parts:
+        raise ValueError(f"{folder / CONFIG} names the VAE {source}, outside of where it may point: give its base")
+    with naming(folder):
+        base = load_vae(source)
+        check_digest(base, config)
+    if adapted:
         load_adapters(base, folder)
-    quantizer = quantizer_from_config(config["quantizer"], backend)
-    state = load_file(folder / QUANTIZER_WEIGHTS)
-    raise_differences(
-        f"{folder / QUANTIZER_WEIGHTS} with its {CONFIG}",
-        differences(shapes_of(state), shapes_of(quantizer.state_dict())),
-    )
-    quantizer.load_state_dict(state)
+    with naming(folder / CONFIG):
+        quantizer = quantizer_from_config(config["quantizer"], backend)
+    weights = folder / QUANTIZER_WEIGHTS
+    load_checked(quantizer, read_weights(weights), f"{weights} with its {CONFIG}")
     tokenizer = CodaTokenizer(base, quantizer).eval().requires_grad_(False)
     tokenizer.base = str(source)
     return tokenizer
+
+
+def check_parts(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer has adapters; ValueError where a part of its folder is missing, or adapters do not belong.
+
+    A folder saved before its config recorded its parts has adapters where one of their two files is there, or where the
+    manifest of its run, in it or above it, names convolutions that were adapted.
+    """
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    adapters = {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    parts = set(config.get("parts", ()))
+    if not parts:
+        manifest = next((path for path in (folder / MANIFEST, folder.parent / MANIFEST) if path.is_file()), None)
+        settings = read_json(manifest).get("parameters", {}) if manifest else {}
+        adapted = adapters & here or ADAPTED_PARTS.get(config.get("adapters", settings.get("adapters")))
+        parts = {QUANTIZER_WEIGHTS} | (adapters if adapted else set()) | (set() if config["vae"] else {f"vae/{CONFIG}"})
+    if missing := sorted(parts - here):
+        raise ValueError(f"{folder} holds no {', '.join(missing)}, of the parts that its {CONFIG} names: copy it whole")
+    if extra := sorted(adapters & here - parts):
+        raise ValueError(f"{folder} holds {', '.join(extra)}, which its {CONFIG} does not name: remove what is not its")
+    return adapters <= parts
 
 
 # --- MaskGIT ----------------------------------------------------------------------------------------------------------
@@ -177,14 +312,12 @@ def save_maskgit(model: MaskGIT, folder: str | Path, dtype: str = "float32") -> 
 def load_maskgit(folder: str | Path) -> MaskGIT:
     """`MaskGIT.from_pretrained`: a saved folder or one of `EMBEDDED_GENERATORS` by its name; float32, frozen."""
     known = EMBEDDED_GENERATORS.get(str(folder))
-    path = embedded(known) if known else Path(folder).expanduser()
+    path = embedded(known) if known else Path(os.path.expanduser(folder))
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
         raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
-    config, state = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
-    try:
-        model = MaskGIT(**config["model"], code_values=state.get("code_values"))
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {WEIGHTS} does not fit {CONFIG} ({str(error).splitlines()[0]})") from error
-    model.info = config["info"]
+    config, state = read_json(path / CONFIG), read_weights(path / WEIGHTS)
+    with naming(path / CONFIG):
+        model, info = MaskGIT(**config["model"], code_values=state.get("code_values")), config["info"]
+    load_checked(model, state, f"{path / WEIGHTS} with its {CONFIG}")
+    model.info = info
     return model.eval().requires_grad_(False)

@@ -3,10 +3,11 @@
 A released folder holds a VAE with its LoRA tensors and a quantizer, each as trained and as averaged (vae.pth,
 vae_ema.pth, quantizer.pth, quantizer_ema.pth). The LoRA tensors become peft adapters, so that whatever works on
 adapters here (saving, merging, training on) works on them. Nothing is dropped or guessed: tensors that are missing,
-not expected or of another shape are listed in one error.
+not expected or of another shape are counted, and the first listed, in one error.
 """
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,21 +19,18 @@ from torch import Tensor, nn
 
 from codalib.base.files import atomic_write
 from codalib.models.adapters import ADAPTED_LAYERS, adapted_convolutions, add_adapters
-from codalib.models.checkpoints.ours import load_vae, plain_copy
+from codalib.models.checkpoints.ours import load_vae, naming, plain_copy
 from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES, ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
-from codalib.pretrained.registry import read_weights
+from codalib.pretrained.registry import Shapes, differences, raise_differences, read_weights, shapes_of
 from codalib.pretrained.vae_layouts import (
-    Shapes,
-    differences,
     fill,
     layout_of,
     plan,
     published_name,
     published_state,
-    raise_differences,
-    shapes_of,
+    set_scale,
 )
 
 log = logging.getLogger(__name__)
@@ -100,11 +98,12 @@ def norm_of(state_dict: Mapping[str, Tensor]) -> str | None:
 
 
 # --- the VAE ----------------------------------------------------------------------------------------------------------
-def load_kl16(state_dict: Mapping[str, Tensor]) -> ContinuousVAE:
+def load_kl16(state_dict: Mapping[str, Tensor], scale: float | None = None) -> ContinuousVAE:
     """MAR's VAE in the layout of latent diffusion (latent scale 0.2325), frozen and in evaluation mode.
 
     With the release's LoRA tensors beside the convolutions they become adapters (`save_adapters` and `plain_copy` take
-    them); without, there are none. Other widths, depths and ranks than the published ones are read from the shapes.
+    them); without, there are none. Other widths, depths and ranks than the published ones are read from the shapes, and
+    want their own latent scale.
     Raises ValueError, listing every tensor that is missing, not expected or mis-shaped.
     """
     layout = layout_of(state_dict)
@@ -113,17 +112,23 @@ def load_kl16(state_dict: Mapping[str, Tensor]) -> ContinuousVAE:
             "these are tensors of a VAE in diffusers' layout, expected latent diffusion's (encoder.down.0.block.0...): "
             "load_adapted_vae takes either"
         )
-    return load_adapted_vae(state_dict)
+    return load_adapted_vae(state_dict, scale=scale)
 
 
-def load_adapted_vae(state_dict: Mapping[str, Tensor], base: ContinuousVAE | None = None) -> ContinuousVAE:
+def load_adapted_vae(
+    state_dict: Mapping[str, Tensor],
+    base: ContinuousVAE | None = None,
+    scale: float | None = None,
+    shift: float | None = None,
+) -> ContinuousVAE:
     """A VAE with or without the release's LoRA tensors, in either layout, frozen and in evaluation mode.
 
     Args:
         state_dict: published tensors, those of the base VAE and NAME.lora_layer.down.weight (rank, in, k, k) and
             NAME.lora_layer.up.weight (out, rank, 1, 1) beside each adapted convolution NAME, scale 1.
         base: a VAE without adapters for a state dict that holds the LoRA tensors alone; its own latent shift and scale
-            count. None: the published ones of MAR (latent diffusion's layout) or FLUX (diffusers').
+            count.
+        scale, shift: of the latents; None: the base's, or without one those of the architecture (see `load_vae`).
     """
     layout = layout_of(state_dict)
     lora = {name: value for name, value in state_dict.items() if ".lora_layer." in name}
@@ -134,7 +139,7 @@ def load_adapted_vae(state_dict: Mapping[str, Tensor], base: ContinuousVAE | Non
     settings, expected = _adapters(autoencoder, lora, layout)
     problems += differences(shapes_of(lora), {name: shape for name, (_, shape) in expected.items()})
     raise_differences(f"the VAE in the {layout} layout", problems)
-    vae = ContinuousVAE(fill(autoencoder, plain, layout))
+    vae = ContinuousVAE(set_scale(fill(autoencoder, plain, layout), scale, shift))
     if lora:
         add_adapters(vae, **settings)
         tensors = {ours: lora[name].detach().to("cpu", torch.float32) for name, (ours, _) in expected.items()}
@@ -181,6 +186,8 @@ def load_released_tokenizer(
     beta: float = 0.05,
     entropy_temperature: float = 0.01,
     backend: str = "auto",
+    scale: float | None = None,
+    shift: float | None = None,
 ) -> CodaTokenizer:
     """The tokenizer in a folder as the release saves it (Hub: shuidi0020/CODA), frozen and in evaluation mode.
 
@@ -191,10 +198,11 @@ def load_released_tokenizer(
         base: what `load_vae` takes, for a VAE file that holds the LoRA tensors alone; None takes the rest from vae.pth.
         scales: side of each level; None: the released ones of the layout (`MAR_SCALES`, `FLUX_SCALES`).
         beta, entropy_temperature, backend: see `load_quantizer`.
+        scale, shift: see `load_adapted_vae`.
     Raises:
-        ValueError: files are missing, or tensors do not fit; the message lists them.
+        ValueError: files are missing, or tensors do not fit; the message names the file and the first of them.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights is {weights!r}, expected 'averaged', 'trained' or None")
     if weights is None:
@@ -210,15 +218,17 @@ def load_released_tokenizer(
     trained = _file(folder, "vae")
     if base is None and trained and all(".lora_layer." in name for name in vae_state):
         vae_state = {n: v for n, v in read_weights(trained).items() if ".lora_layer." not in n} | vae_state
-    vae = load_adapted_vae(vae_state, None if base is None else load_vae(base))
-    quantizer = load_quantizer(
-        quantizer_state,
-        SCALES[layout_of(vae_state)] if scales is None else scales,
-        norm_of(quantizer_state),
-        beta=beta,
-        entropy_temperature=entropy_temperature,
-        backend=backend,
-    )
+    with naming(files[0]):
+        vae = load_adapted_vae(vae_state, None if base is None else load_vae(base), scale, shift)
+    with naming(files[1]):
+        quantizer = load_quantizer(
+            quantizer_state,
+            SCALES[layout_of(vae_state)] if scales is None else scales,
+            norm_of(quantizer_state),
+            beta=beta,
+            entropy_temperature=entropy_temperature,
+            backend=backend,
+        )
     return CodaTokenizer(vae, quantizer).eval().requires_grad_(False)
 
 

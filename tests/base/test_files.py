@@ -1,0 +1,67 @@
+"""Folders are replaced whole; digests of files follow their bytes."""
+
+import hashlib
+import os
+
+import pytest
+
+from codalib.base import files
+from codalib.base.files import atomic_folder, file_digest
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(files, "SETTLED", -1)  # every file has settled
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+def test_a_digest_follows_the_bytes_where_size_and_mtime_stay(runs, tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    before = file.stat()
+    assert file_digest(file) == hashlib.sha256(b"one").hexdigest()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file_digest(file) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_an_unchanged_file_is_read_once_by_any_process(runs, tmp_path, monkeypatch):
+    file = tmp_path / "with\na newline"
+    file.write_bytes(b"one")
+    found = file_digest(file)
+    with open(runs / files.DIGESTS, "a") as kept:
+        kept.write('["torn')
+    files._digests.cache_clear()  # as another process would find it
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert file_digest(file) == found
+    (tmp_path / "link").symlink_to(file)
+    assert file_digest(tmp_path / "link") == found
+
+
+def test_a_file_that_has_just_changed_is_not_kept(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED", 10**12)
+    (tmp_path / "weights").write_bytes(b"one")
+    file_digest(tmp_path / "weights")
+    assert not (runs / files.DIGESTS).exists()
+
+
+def test_without_a_folder_of_runs_nothing_is_written(runs, tmp_path):
+    runs.rmdir()
+    (tmp_path / "weights").write_bytes(b"one")
+    assert file_digest(tmp_path / "weights") == hashlib.sha256(b"one").hexdigest()
+    assert not runs.exists()
+
+
+def test_two_writers_of_a_folder_leave_each_others_files_alone(tmp_path):
+    with atomic_folder(tmp_path / "model") as first:
+        (first / "weights").write_text("first")
+        with atomic_folder(tmp_path / "model") as second:
+            (second / "weights").write_text("second")
+        assert (tmp_path / "model" / "weights").read_text() == "second"
+    assert (tmp_path / "model" / "weights").read_text() == "first"
+    with pytest.raises(TypeError), atomic_folder(tmp_path / "model") as third:
+        (third / "weights").write_text(3)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
