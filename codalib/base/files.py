@@ -1,16 +1,26 @@
-"""Atomic writes, and JSON with plain numbers."""
+"""Atomic writes, JSON with plain numbers, and digests of files that are not read twice."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from tqdm.auto import tqdm
+
+from codalib.base.paths import runs_folder
+
 PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, type(None))  # what papermill can inject
+
+SETTLED = 2 * 10**9  # ns: a file that changed later than this may change again within one tick of the clock
 
 
 @contextmanager
@@ -72,3 +82,43 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def file_digests(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> SHA-256 of the file's bytes, in hex; "" where it cannot be read.
+
+    A file is read again only where its size or times (mtime, ctime) are others than when it was last read: they are
+    kept in `runs/digests`, one file for each folder.
+    """
+    folders: defaultdict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        folders[os.path.dirname(path)].append(path)
+    digests = {}
+    with ThreadPoolExecutor() as pool:
+        for folder, members in tqdm(folders.items(), desc="digests", unit="folder", delay=5, leave=False):
+            key = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:16]
+            kept = runs_folder("digests") / f"{key}.json"
+            known = read_json(kept) if kept.exists() else {}
+            names = [os.path.basename(path) for path in members]
+            rows = dict(zip(names, pool.map(_digest, members, map(known.get, names)), strict=True))
+            digests |= {path: rows[name][-1] for path, name in zip(members, names, strict=True)}
+            if new := {name: row for name, row in rows.items() if row != known.get(name) and _settled(row)}:
+                write_json(kept, known | new)
+    return digests
+
+
+def _digest(path: str, known: list | None) -> list:
+    """[size, mtime, ctime, digest] of a file: KNOWN where the first three have not changed."""
+    try:
+        state = os.stat(path)
+        row = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        if known is not None and known[:3] == row:
+            return known
+        with open(path, "rb") as file:
+            return [*row, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError:
+        return [0, 0, 0, ""]
+
+
+def _settled(row: list) -> bool:
+    return bool(row[-1]) and time.time_ns() - row[2] > SETTLED

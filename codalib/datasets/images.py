@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from codalib.base.files import file_digests
 from codalib.base.paths import DATA, embedded
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,22 @@ class ImageDataset(Dataset):
     def labels(self) -> torch.Tensor:
         """(N,) long."""
         return torch.tensor([item.label for item in self.items])
+
+    @cached_property
+    def content_digest(self) -> str:
+        """Changes with the classes, the images' order, names, labels, captions and bytes: 16 hex digits.
+
+        Names count from the folder that holds them all, so that a data set may be moved.
+        """
+        files = [item.name for item in self.items if item.stored is None]
+        contents = file_digests(files)
+        root = os.path.commonpath({os.path.dirname(file) for file in files}) if files else ""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for item in self.items:
+            content = contents[item.name] if item.stored is None else hashlib.sha256(item.stored).hexdigest()
+            row = item.name.removeprefix(root), item.label, item.captions, item.group, content
+            digest.update(repr(row).encode())
+        return digest.hexdigest()[:16]
 
     def check_enough_images(self, processes: int) -> None:
         """Raise DataError where a process would have no image."""

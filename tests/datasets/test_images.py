@@ -1,5 +1,8 @@
+import dataclasses
 import itertools
 import json
+import os
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -7,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from codalib.base import files
 from codalib.datasets.images import EMOJI_FOLDER, DataError, evaluation_batches, load_dataset, to_rgb, training_batches
 
 
@@ -175,3 +179,52 @@ def test_a_folder_of_less_than_two_images_is_refused(tmp_path):
         load_dataset(f"folder:{tmp_path}", "train", 16)
     with pytest.raises(DataError, match="not a folder"):
         load_dataset(f"folder:{tmp_path / 'nowhere'}", "train", 16)
+
+
+def test_the_content_digest_changes_with_names_labels_captions_order_and_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(files, "SETTLED", -1)  # so that files of this moment are remembered
+    name = folder_of_images(tmp_path / "pictures")
+    dataset = load_dataset(name, "val", 16)
+    digest = dataset.content_digest
+    assert len(digest) == 16
+    assert load_dataset(name, "val", 16).content_digest == digest  # read from runs/digests
+    assert load_dataset(f"imagefolder:{(tmp_path / 'pictures').rename(tmp_path / 'moved')}", "val", 16)
+    name = f"imagefolder:{tmp_path / 'moved'}"
+    dataset = load_dataset(name, "val", 16)
+    assert dataset.content_digest == digest
+    first, *rest = dataset.items
+    for items in [
+        [*rest, first],
+        rest,
+        [dataclasses.replace(first, label=1), *rest],
+        [dataclasses.replace(first, captions=("dog", "cat")), *rest],
+        [dataclasses.replace(first, stored=b"other"), *rest],
+    ]:
+        dataset = load_dataset(name, "val", 16)
+        dataset.items = items
+        assert dataset.content_digest != digest
+    path = tmp_path / "moved" / "val" / "cat" / "0.png"
+    bytes_, times = bytearray(path.read_bytes()), path.stat()
+    bytes_[50] ^= 1
+    time.sleep(0.02)  # a tick of the file system's clock
+    path.write_bytes(bytes_)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_dataset(name, "val", 16).content_digest != digest
+    path.rename(path.with_name("00.png"))
+    assert load_dataset(name, "val", 16).content_digest != digest
+    emoji = load_dataset("emoji", "val", 16, limit=3)
+    assert emoji.content_digest == load_dataset("emoji", "val", 16, limit=3).content_digest
+    assert emoji.content_digest != load_dataset("emoji", "train", 16, limit=3).content_digest
+
+
+def test_a_file_is_read_once_for_its_digest_unless_it_changed_a_moment_ago(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    path = tmp_path / "old"
+    path.write_bytes(b"1")
+    first = files.file_digests([str(path)])
+    assert not (tmp_path / "runs").exists()  # too new: it may change within the same tick
+    monkeypatch.setattr(files, "SETTLED", -1)
+    assert files.file_digests([str(path), str(tmp_path / "missing")]) == first | {str(tmp_path / "missing"): ""}
+    monkeypatch.setattr(files.hashlib, "file_digest", None)  # would raise
+    assert files.file_digests([str(path)]) == first
