@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -18,8 +20,11 @@ from tqdm.auto import tqdm
 
 from codalib.base.paths import runs_folder
 
+log = logging.getLogger(__name__)
+
 PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, type(None))  # what papermill can inject
 
+SURROGATES = re.compile("[\ud800-\udfff]")
 SETTLED = 2 * 10**9  # ns: a file that changed later than this may change again within one tick of the clock
 
 
@@ -84,6 +89,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def printable(text: str) -> str:
+    """TEXT as a page can hold it: what stands for bytes of a file's name that are not UTF-8 becomes U+FFFD."""
+    return SURROGATES.sub("\ufffd", text)
+
+
 def file_digests(paths: Iterable[str]) -> dict[str, str]:
     """Path -> SHA-256 of the file's bytes, in hex; "" where it cannot be read.
 
@@ -103,7 +113,10 @@ def file_digests(paths: Iterable[str]) -> dict[str, str]:
             rows = dict(zip(names, pool.map(_digest, members, map(known.get, names)), strict=True))
             digests |= {path: rows[name][-1] for path, name in zip(members, names, strict=True)}
             if new := {name: row for name, row in rows.items() if row != known.get(name) and _settled(row)}:
-                write_json(kept, known | new)
+                try:
+                    write_json(kept, known | new)
+                except OSError as error:
+                    log.warning("%s cannot be written (%s): its files' digests are not remembered", kept, error)
     return digests
 
 
