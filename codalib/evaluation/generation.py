@@ -33,7 +33,7 @@ from codalib.datasets.images import ImageDataset, evaluation_batches, load_datas
 from codalib.datasets.text import CaptionTable, build_text_encoder
 from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_tokens, check_generator, tokenizer_hash
 from codalib.evaluation.generation_metrics import LinearProbe, Reference, nearest
-from codalib.evaluation.metrics import FrechetDistance, build_frechet
+from codalib.evaluation.metrics import COVARIANCE_IMAGES, FrechetDistance, build_frechet
 from codalib.evaluation.results import digest, is_cached, read_results, result_file
 from codalib.models.checkpoints import find_model, load_tokenizer
 from codalib.models.maskgit import Condition, MaskGIT
@@ -186,8 +186,12 @@ class Inputs:
 
     def reference(self) -> Reference:
         settings = self.settings
-        train = None if self.train is None else feature_columns(self, _real(self, "train", self.train))
         val = feature_columns(self, _real(self, "val", self.val))
+        if (count := len(val["number"])) < COVARIANCE_IMAGES:
+            raise ValueError(
+                f"expected {COVARIANCE_IMAGES} validation images of {settings.dataset}, got {count}: add some"
+            )
+        train = None if self.train is None else feature_columns(self, _real(self, "train", self.train))
         columns, split = (val, "validation") if settings.reference == "val" else (train, "training")
         images = f"{split} images of {settings.dataset}"
         known = self.distance, columns["frechet"], images, settings.neighbours

@@ -19,6 +19,7 @@ SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 SSIM_C1 = (0.01 * 255) ** 2
 SSIM_C2 = (0.03 * 255) ** 2
+COVARIANCE_IMAGES = 2  # that a covariance takes at least
 CPU_BATCH = 4  # images: at 224 pixels the feature maps of more leave the cache, and each takes about twice as long
 
 
@@ -305,7 +306,7 @@ class ReconstructionMetrics(nn.Module):
             self.utilization.update(indices)
 
     def compute(self) -> dict[str, float]:
-        """The measures by name, over all processes; those that were given nothing are left out.
+        """The measures by name, over all processes; those that were given nothing are left out, or too few images.
 
         `psnr` (dB), `ssim`, the perceptual distance's name, `quantization_error`, `utilization`, `perplexity` and both
         `_level_1`, ..., and `rfid` or `fd_effnet`.
@@ -319,7 +320,7 @@ class ReconstructionMetrics(nn.Module):
             values["quantization_error"] = self.quantization_error.compute()
         if self.utilization is not None and self.utilization.update_called:
             values |= self.utilization.compute()
-        if self.frechet is not None:
+        if self.frechet is not None and self.images.compute() >= COVARIANCE_IMAGES:
             real, fake = self.frechet.real_features_num_samples, self.frechet.fake_features_num_samples
             if real != fake:
                 raise RuntimeError(
@@ -330,7 +331,7 @@ class ReconstructionMetrics(nn.Module):
         return {name: float(value) for name, value in values.items()}
 
     def protocol(self) -> dict[str, str]:
-        """How each number of `compute` is made, in words; in a distributed run call it on every process."""
+        """How each number of `compute` is made, or why it was not; in a distributed run call it on every process."""
         images = f"{int(self.images.compute()):,} images, per image, averaged"
         eight_bit = "clamped to [0, 1], truncated to 8 bits"
         texts = {
@@ -353,8 +354,10 @@ class ReconstructionMetrics(nn.Module):
                 f"{network}; {int(self.images.compute()):,} reconstructions against as many reference images: "
                 f"{self.reference_set}; clamped, rounded to 8 bits, resized to {self.frechet.extractor_side} ({resize})"
             )
-        present = self.compute()
-        return {name: texts[name.split("_level_")[0]] for name in present}
+        made = {name: texts[name.split("_level_")[0]] for name in self.compute()}
+        if self.frechet is not None and self._frechet_name not in made:
+            made[self._frechet_name] = f"left out: it takes {COVARIANCE_IMAGES} images, got 1"
+        return made
 
     @property
     def _frechet_name(self) -> str:

@@ -232,6 +232,15 @@ def test_a_continuous_vae_has_no_discrete_measures():
     assert list(measured.protocol()) == ["psnr", "ssim"]
 
 
+def test_one_image_leaves_the_frechet_distance_out_and_says_why(effnet):
+    measured = metrics.ReconstructionMetrics(frechet=metrics.FrechetDistance(effnet, 32))
+    measured.update(random_images(1), random_images(1, seed=1))
+    assert list(measured.compute()) == ["psnr", "ssim"]
+    assert measured.protocol()["fd_effnet"] == "left out: it takes 2 images, got 1"
+    measured.update(random_images(1, seed=2), random_images(1, seed=3))
+    assert measured.compute()["fd_effnet"] > 0
+
+
 def test_reconstruction_metrics_refuse_half_a_pair():
     with pytest.raises(ValueError, match="expected both or neither"):
         metrics.ReconstructionMetrics(codebook_size=8, frechet=None)
