@@ -64,7 +64,7 @@ def class_accuracy(predicted: Tensor, asked: Tensor) -> tuple[float, float]:
 
 
 def inception_score(features: Tensor, distance: FrechetDistance) -> float:
-    """The mean Inception Score of ten parts (N at most), from the features (N, 2048) of InceptionFID (torch-fidelity's)."""
+    """The mean Inception Score of ten parts (N at most), from features (N, 2048) of InceptionFID (torch-fidelity's)."""
     logits = features @ distance.inception.extractor.model.fc.weight.detach().cpu().T  # without the bias, as usual
     return isc_features_to_metric(logits, splits=min(10, len(features)))[KEY_METRIC_ISC_MEAN]
 
