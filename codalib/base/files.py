@@ -1,22 +1,30 @@
-"""Atomic writes, JSON with plain numbers, and digests of files."""
+"""Atomic writes, JSON with plain numbers, and digests of files that are not read twice."""
 
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cache
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from tqdm.auto import tqdm
+
 from codalib.base.paths import runs_folder
 
-DIGESTS = ".digests.jsonl"  # in the folder of runs: [path, bytes, mtime_ns, ctime_ns, SHA-256] a line
-SETTLED = 2_000_000_000  # ns after its last change from which a file's times tell every later change
+log = logging.getLogger(__name__)
+
 PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, type(None))  # what papermill can inject
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+SETTLED = 2 * 10**9  # ns: a file that changed later than this may change again within one tick of the clock
 
 
 @contextmanager
@@ -83,35 +91,64 @@ def _plain(value: Any) -> Any:
 
 
 def file_digest(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hex digits.
-
-    It is kept beside the file's size, mtime and ctime in `DIGESTS`, so that an unchanged file is read once; where there
-    is no folder of runs, or none that can be written, every process reads it anew.
-    """
+    """The SHA-256 of a file's bytes, 64 hex digits; read as `file_digests` does. Raises OSError where it cannot be."""
     path = Path(path).resolve()
-    status, kept = path.stat(), runs_folder(DIGESTS)
-    state = (str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    known = _digests(kept)
-    if state in known:
-        return known[state]
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED:
-        known[state] = digest
-        with suppress(OSError), open(kept, "a", encoding="utf-8") as file:
-            file.write(json.dumps([*state, digest]) + "\n")  # one short write, so that processes do not mix theirs
-    return digest
+    if digest := file_digests([str(path)])[str(path)]:
+        return digest
+    raise OSError(f"expected a file that can be read, got {path}")
 
 
-@cache
-def _digests(kept: Path) -> dict[tuple, str]:
+def printable(text: str) -> str:
+    """TEXT as a page can hold it: what stands for bytes of a file's name that are not UTF-8 becomes U+FFFD."""
+    return SURROGATES.sub("\ufffd", text)
+
+
+def file_digests(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> SHA-256 of the file's bytes, in hex; "" where it cannot be read.
+
+    A file is read again only where its size or times (mtime, ctime) are others than when it was last read: they are
+    kept in `runs/digests`, one file for each folder, where there is a folder of runs.
+    """
+    folders: defaultdict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        folders[os.path.dirname(path)].append(path)
+    digests = {}
+    with ThreadPoolExecutor() as pool:
+        for folder, members in tqdm(folders.items(), desc="digests", unit="folder", delay=5, leave=False):
+            key = hashlib.sha256(os.fsencode(os.path.abspath(folder))).hexdigest()[:16]
+            kept = runs_folder("digests") / f"{key}.json"
+            known = _kept_digests(kept)
+            names = [os.path.basename(path) for path in members]
+            rows = dict(zip(names, pool.map(_digest, members, map(known.get, names)), strict=True))
+            digests |= {path: rows[name][-1] for path, name in zip(members, names, strict=True)}
+            new = {name: row for name, row in rows.items() if row != known.get(name) and _settled(row)}
+            if new and runs_folder().exists():
+                try:
+                    write_json(kept, known | new)
+                except OSError as error:
+                    log.warning("%s cannot be written (%s): its files' digests are not remembered", kept, error)
+    return digests
+
+
+def _kept_digests(kept: Path) -> dict[str, list]:
     try:
-        lines = kept.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        return read_json(kept)
+    except (OSError, ValueError):  # not there yet, or broken: the files are read again
         return {}
-    known = {}
-    for line in lines:
-        with suppress(ValueError, TypeError):  # a line that a stopped process left unfinished
-            *state, digest = json.loads(line)
-            known[tuple(state)] = digest
-    return known
+
+
+def _digest(path: str, known: list | None) -> list:
+    """[size, mtime, ctime, digest] of a file: KNOWN where the first three have not changed."""
+    try:
+        state = os.stat(path)
+        row = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        if known is not None and known[:3] == row:
+            return known
+        with open(path, "rb") as file:
+            return [*row, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError:
+        return [0, 0, 0, ""]
+
+
+def _settled(row: list) -> bool:
+    return bool(row[-1]) and time.time_ns() - row[2] > SETTLED

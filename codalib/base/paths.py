@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 MANIFEST = "manifest.json"  # in the folder of a run
+LFS_POINTER = b"version https://git-lfs"  # a pointer file begins so
 DATA = Path(os.environ.get("CODALIB_DATA") or Path(__file__).resolve().parents[2] / "data")  # the embedded data
 
 
@@ -17,11 +18,21 @@ class MissingPart(ValueError):
         )
 
 
+def fetched(path: str | Path) -> Path:
+    """PATH; ValueError where there is but Git LFS's pointer to the file."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{path} is a Git LFS pointer, expected the file itself: run `git lfs pull` beside it")
+    return path
+
+
 def embedded(path: Path) -> Path:
-    """PATH of the embedded data; MissingPart where it is not there."""
+    """PATH of the embedded data; MissingPart where it is not there, ValueError where it is Git LFS's pointer."""
     if not path.exists():
         raise MissingPart(path)
-    return path
+    return fetched(path)
 
 
 def project_folder() -> Path:

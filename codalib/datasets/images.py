@@ -5,22 +5,24 @@ seen, whatever the number of processes or workers, and so do the random crops.
 """
 
 import hashlib
-import io
+import itertools
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageOps
+from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from codalib.base.paths import DATA, embedded
+from codalib.base.files import file_digests, printable
+from codalib.base.paths import DATA, embedded, fetched
+from codalib.datasets.pictures import UnreadableImage, read_rgb, square, to_tensor
 
 log = logging.getLogger(__name__)
 
@@ -31,50 +33,16 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
 TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
 HELD_OUT = 0.1  # share of a plain folder's images that is its validation split
-MAX_UNREADABLE = 0.01  # share of a data set's images; a run that meets more stops
+HELD_OUT_IMAGES = 2  # at least, where a folder has twice as many: a Frechet distance takes two
+COMPARED_IMAGES = 200_000  # of both splits, at most: of more, nearly every file has the size of another
+MAX_UNREADABLE = 0.01  # share of a data set's images, and one at least; a run that meets more stops
 
 
 class DataError(ValueError):
     """The data is not what a run needs; the message says what was found, what was expected and what to do."""
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode, upright (EXIF) and as RGB: transparency on white, 16-bit grey scaled to 8 bits."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16- and 32-bit grey: Pillow's convert would clip at 255
-        grey = np.asarray(image, dtype=np.float64)
-        if image.mode != "F" or grey.max() > 1:
-            grey = grey / (2**16 - 1)
-        return Image.fromarray((grey.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
-    return image.convert("RGB")
-
-
-def resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    """Bring the shorter side to `side` pixels (Lanczos), keeping the aspect ratio."""
-    width, height = image.size
-    scale = side / min(width, height)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def crop(image: Image.Image, resolution: int, generator: torch.Generator | None) -> Image.Image:
-    """A square of `resolution` pixels: at random with a generator (training), the centre without (evaluation)."""
-    room = [side - resolution for side in image.size]
-    if generator is None:
-        left, top = (space // 2 for space in room)
-    else:
-        left, top = (int(torch.randint(space + 1, (), generator=generator)) for space in room)
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB image -> float (3, h, w) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)
@@ -92,9 +60,6 @@ class Item:
         """The first of its captions."""
         return self.captions[0]
 
-    def open(self) -> Image.Image:
-        return Image.open(io.BytesIO(self.stored) if self.stored is not None else self.name)
-
 
 class ImageDataset(Dataset):
     """Labelled, captioned images at one resolution with the paper's transforms (section 5.1 and the release).
@@ -107,6 +72,7 @@ class ImageDataset(Dataset):
     def __init__(self, items: list[Item], classes: list[str], resolution: int, random_crop: bool, name: str = ""):
         self.items, self.classes, self.resolution = items, classes, resolution
         self.random_crop, self.name = random_crop, name
+        self._guessed = False  # whether it was said that a picture's range of values is a guess
 
     def __len__(self) -> int:
         return len(self.items)
@@ -115,6 +81,22 @@ class ImageDataset(Dataset):
     def labels(self) -> torch.Tensor:
         """(N,) long."""
         return torch.tensor([item.label for item in self.items])
+
+    @cached_property
+    def content_digest(self) -> str:
+        """Changes with the classes, the images' order, names, labels, captions and bytes: 16 hex digits.
+
+        Names count from the folder that holds them all, so that a data set may be moved.
+        """
+        files = [item.name for item in self.items if item.stored is None]
+        contents = file_digests(files)
+        root = os.path.commonpath({os.path.dirname(file) for file in files}) if files else ""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for item in self.items:
+            content = contents[item.name] if item.stored is None else hashlib.sha256(item.stored).hexdigest()
+            row = item.name.removeprefix(root), item.label, item.captions, item.group, content
+            digest.update(repr(row).encode())
+        return digest.hexdigest()[:16]
 
     def check_enough_images(self, processes: int) -> None:
         """Raise DataError where a process would have no image."""
@@ -141,16 +123,34 @@ class ImageDataset(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         item = self.items[index]
         try:
-            with item.open() as image:
-                rgb = to_rgb(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            log.warning("skipped unreadable image %s (%s)", item.name, error)
+            rgb = read_rgb(item.name if item.stored is None else item.stored, partial(self._warn_of_guess, item.name))
+        except UnreadableImage as error:
+            log.warning("skipped unreadable image %s (%s)", printable(item.name), printable(str(error)))
             return None
         generator = torch.Generator().manual_seed(seed) if self.random_crop else None
         side = round(self.resolution * TRAIN_ENLARGEMENT) if self.random_crop else self.resolution
-        square = crop(resize_shorter_side(rgb, side), self.resolution, generator)
+        image = to_tensor(square(rgb, side, self.resolution, generator))
         caption = item.captions[seed % len(item.captions)]
-        return {"image": to_tensor(square), "label": item.label, "caption": caption, "index": index}
+        return {"image": image, "label": item.label, "caption": caption, "index": index}
+
+    def _warn_of_guess(self, name: str, guess: str) -> None:
+        if not self._guessed:
+            log.warning("%s %s; others of %s may be alike", printable(name), guess, printable(self.name))
+        self._guessed = True
+
+    def readable(self, count: int, numbers: Iterable[int] | None = None) -> list[dict]:
+        """The first COUNT items that can be read, of some NUMBERS in their order (None: all); DataError for none."""
+        unreadable, found = UnreadableCount(self), []
+        numbers = range(len(self)) if numbers is None else numbers
+        for sample in map(self.__getitem__, numbers):
+            unreadable.add(sample is None)
+            found += [] if sample is None else [sample]
+            if len(found) == count:
+                break
+        unreadable.report()
+        if not found:
+            raise DataError(f"no image of {self.name} that was asked for can be read: the warnings above say why")
+        return found
 
 
 def load_dataset(
@@ -222,11 +222,11 @@ def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: give imagefolder:PATH with PATH/train and PATH/val inside")
     if not folders[split].is_dir():
-        found = sorted(p.name for p in root.iterdir() if p.is_dir())[:8]
+        found = _visible_folders(root)[:8]
         raise DataError(
             f"{root} has no folder {split!r} (found: {', '.join(found) or 'none'}): expected train/ and val/"
         )
-    per_split = {s: sorted(p.name for p in f.iterdir() if p.is_dir()) for s, f in folders.items() if f.is_dir()}
+    per_split = {s: _visible_folders(f) for s, f in folders.items() if f.is_dir()}
     classes = per_split[split]
     if len(per_split) == 2 and per_split["train"] != per_split["val"]:
         odd = sorted(set(per_split["train"]) ^ set(per_split["val"]))
@@ -234,16 +234,19 @@ def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
             f"{root}: train has {len(per_split['train'])} classes and val {len(per_split['val'])}, expected the same; "
             f"only on one side: {', '.join(odd[:5])}"
         )
+    files = {s: [_image_files(folders[s] / name) for name in per_split[s]] for s in per_split}
+    if len(files) == 2:
+        _check_apart(*(list(itertools.chain(*files[s])) for s in SPLITS))
     items = [
-        Item(path, label, (name.replace("_", " "),))
-        for label, name in enumerate(classes)
-        for path in _image_files(folders[split] / name)
+        Item(path, label, (printable(name.replace("_", " ")),))
+        for label, (name, own) in enumerate(zip(classes, files[split], strict=True))
+        for path in own
     ]
     if not items:
         raise DataError(
             f"{folders[split]} holds no images: expected one folder a class with {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    return items, classes
+    return items, [printable(name) for name in classes]
 
 
 def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
@@ -252,18 +255,25 @@ def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
     annotations = next((path for path in files if path.exists()), None)
     if annotations is None:
         raise DataError(f"{root} holds neither {' nor '.join(str(path.relative_to(root)) for path in files)}")
+    fetched(annotations)
     try:
         contents = json.loads(annotations.read_text(encoding="utf-8"))
-        captions: dict[int, list[str]] = {}
+        captions: dict[int, list[str]] = {row["image_id"]: [] for row in contents["annotations"]}
         for row in contents["annotations"]:
-            captions.setdefault(row["image_id"], []).append(" ".join(row["caption"].split()))
+            if caption := " ".join((row["caption"] or "").split()):
+                captions[row["image_id"]].append(printable(caption))
         names = {row["id"]: row["file_name"] for row in contents["images"]}
         folder = root / annotations.stem.removeprefix("captions_")
-        items = [Item(str(folder / names[i]), 0, tuple(captions[i])) for i in sorted(captions)]
-    except (ValueError, KeyError, TypeError) as error:
+        items = [Item(str(folder / names[i]), 0, tuple(own)) for i, own in sorted(captions.items()) if own]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{annotations} is not a file of MS-COCO captions ({error!r}): fetch it again") from error
-    if not items or not Path(items[0].name).exists():
+    if len(items) < len(captions):
+        log.warning("%d images of %s have no caption and are left out", len(captions) - len(items), annotations)
+    if not items:
+        raise DataError(f"{annotations} has no caption, expected one at least for each image: fetch it again")
+    if not Path(items[0].name).exists():
         raise DataError(f"{folder} does not hold the {len(items)} images of {annotations.name}: unpack them there")
+    fetched(items[0].name)
     return items, ["image"]
 
 
@@ -277,15 +287,66 @@ def _folder(root: Path, split: str) -> tuple[list[Item], list[str]]:
             f"{root} holds {len(files)} images ({', '.join(sorted(IMAGE_SUFFIXES))}), expected at least 2: "
             "one to train on and one to measure on"
         )
-    ranked = sorted(files, key=lambda path: hashlib.sha256(os.path.relpath(path, root).encode()).digest())
-    held_out = max(1, round(HELD_OUT * len(files)))
-    kept = ranked[:held_out] if split == "val" else ranked[held_out:]
-    return [Item(path, 0, (Path(path).stem.replace("_", " "),)) for path in sorted(kept)], ["image"]
+    ranked = sorted(files, key=lambda path: hashlib.sha256(os.fsencode(os.path.relpath(path, root))).digest())
+    held_out = max(min(HELD_OUT_IMAGES, len(files) // 2), round(HELD_OUT * len(files)))
+    sides = {"train": sorted(ranked[held_out:]), "val": sorted(ranked[:held_out])}
+    _check_apart(*sides.values())
+    return [Item(path, 0, (printable(Path(path).stem.replace("_", " ")),)) for path in sides[split]], ["image"]
 
 
-def _image_files(folder: Path) -> list[str]:
-    found = (os.path.join(base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in found if Path(path).suffix.lower() in IMAGE_SUFFIXES)
+def _visible(name: str) -> bool:
+    """Whether a file or folder is the user's: not of an editor, a notebook server or an archive (`._name`)."""
+    return not name.startswith((".", "__MACOSX"))
+
+
+def _visible_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _visible(path.name))
+
+
+def _image_files(root: Path) -> list[str]:
+    """The images in ROOT and below; a folder that several links lead to is visited once, by its own name if it can."""
+    found, folders, seen = [], [str(root)], set()
+    while folders:
+        folder = folders.pop()
+        if os.path.realpath(folder) in seen:
+            continue
+        seen.add(os.path.realpath(folder))
+        try:
+            entries = [entry for entry in os.scandir(folder) if _visible(entry.name)]
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot be read ({error}): let this user read it, or move it elsewhere"
+            ) from error
+        found += [entry.path for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+        inner = [entry for entry in entries if entry.is_dir()]
+        folders[:0] = [entry.path for entry in inner if entry.is_symlink()]  # after the others
+        folders += [entry.path for entry in inner if not entry.is_symlink()]
+    found.sort()
+    if found:
+        fetched(found[0])
+    return found
+
+
+def _check_apart(train: Sequence[str], val: Sequence[str]) -> None:
+    """DataError where a file of one split has the bytes of one of the other; only those of equal sizes are read."""
+    if len(train) + len(val) > COMPARED_IMAGES:
+        log.info("not compared whether pictures are in both splits: more than %d images", COMPARED_IMAGES)
+        return
+    sides = [train, val]
+    for of_files in (_sizes, file_digests):
+        keys = [of_files(side) for side in sides]
+        shared = set(keys[0].values()) & set(keys[1].values()) - {0, ""}  # empty and unreadable files show nothing
+        sides = [[path for path, key in own.items() if key in shared] for own in keys]
+    if shared:
+        twins = [next(path for path in side if keys[i][path] == min(shared)) for i, side in enumerate(sides)]
+        raise DataError(
+            f"{twins[0]} (to train on) and {twins[1]} (held out) are the same picture, and so are {len(shared) - 1} "
+            "other pairs: remove one of each, since a held-out picture must not be trained on"
+        )
+
+
+def _sizes(paths: Iterable[str]) -> dict[str, int]:
+    return {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in paths}
 
 
 class EndlessOrder(Sampler):
@@ -321,22 +382,23 @@ def collate(samples: list[dict | None]) -> dict:
 
 
 class UnreadableCount:
-    """Counts skipped images and stops the run when they are more than 1 % of the data set."""
+    """Counts skipped images; stops the run when they are all, or more than one and 1 % of the data set."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset, self.count = dataset, 0
 
     def add(self, unreadable: int) -> None:
         self.count += unreadable
-        if self.count > MAX_UNREADABLE * len(self.dataset):
+        images = len(self.dataset)
+        if self.count > min(images - 1, max(1, MAX_UNREADABLE * images)):
             raise DataError(
-                f"{self.count} unreadable images among the {len(self.dataset)} of {self.dataset.name}, at most "
-                f"{MAX_UNREADABLE:.0%} are skipped: the warnings above name the files; repair or remove them"
+                f"{self.count} unreadable images among the {images} of {self.dataset.name}, at most "
+                f"{MAX_UNREADABLE:.0%} (and one) are skipped: the warnings above name the files; repair or remove them"
             )
 
     def report(self) -> None:
         if self.count:
-            log.warning("%d unreadable images of %s were skipped", self.count, self.dataset.name)
+            log.warning("%d unreadable images of %s were skipped", self.count, printable(self.dataset.name))
 
 
 def _loader(dataset: ImageDataset, batch_size: int, sampler: Iterable, workers: int) -> DataLoader:
@@ -394,3 +456,10 @@ def evaluation_batches(
     unreadable = UnreadableCount(dataset)
     yield from readable_batches(dataset, batch_size, range(rank, len(dataset), world_size), workers, unreadable)
     unreadable.report()
+
+
+def share_content_digests(*datasets: ImageDataset) -> None:
+    """Have `content_digest` of each ready in every process of a distributed run, the files of a machine read once."""
+    with PartialState().local_main_process_first():
+        for dataset in datasets:
+            dataset.content_digest  # noqa: B018 computed here, kept

@@ -23,7 +23,14 @@ from tqdm.auto import tqdm
 from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE, sample_generators
-from codalib.datasets.images import EndlessOrder, ImageDataset, UnreadableCount, load_dataset, readable_batches
+from codalib.datasets.images import (
+    EndlessOrder,
+    ImageDataset,
+    UnreadableCount,
+    load_dataset,
+    readable_batches,
+    share_content_digests,
+)
 from codalib.models.checkpoints import load_tokenizer
 from codalib.models.maskgit import MaskGIT
 from codalib.models.tokenizer import CodaTokenizer
@@ -109,7 +116,7 @@ def cache_tokens(
         "dataset": dataset.name,
         "classes": list(dataset.classes),
         "images": len(dataset),
-        "items": hashlib.sha256(repr([(item.name, item.label) for item in dataset.items]).encode()).hexdigest()[:16],
+        "content": dataset.content_digest,
         "resolution": dataset.resolution,
         "random_crop": dataset.random_crop,
         "views": settings.views,
@@ -150,6 +157,7 @@ def cache_dataset(
     accelerator = make_accelerator()
     opened = load_tokenizer(tokenizer).to(accelerator.device)
     images = load_dataset(dataset, split, opened.resolution, random_crop, limit)
+    share_content_digests(images)
     cache_tokens(opened, images, folder, settings, (accelerator.process_index, accelerator.num_processes))
     accelerator.wait_for_everyone()
 

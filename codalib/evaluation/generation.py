@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from codalib.base.files import write_json
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import sample_generators
-from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset
+from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset, share_content_digests
 from codalib.datasets.text import CaptionTable, build_text_encoder
 from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_tokens, check_generator, tokenizer_hash
 from codalib.evaluation.generation_metrics import LinearProbe, Reference, nearest
-from codalib.evaluation.metrics import FrechetDistance, build_frechet
+from codalib.evaluation.metrics import COVARIANCE_IMAGES, FrechetDistance, build_frechet
 from codalib.evaluation.results import digest, is_cached, read_results, result_file
 from codalib.models.checkpoints import find_model, load_tokenizer
 from codalib.models.maskgit import Condition, MaskGIT
@@ -72,6 +72,13 @@ class GenerationSettings:
     frechet_resolution: int = 224  # side of EfficientNet's input, pixels
     neighbours: int = 3  # of precision and recall
     seed: int = 0  # of the samples' noise
+
+    def load_images(self, side: int) -> tuple[ImageDataset, ImageDataset | None]:
+        """The validation images at SIDE pixels, and the training images of the probe and the copies, if any."""
+        val = load_dataset(self.dataset, "val", side, limit=self.val_limit)
+        if self.train_limit == 0:
+            return val, None
+        return val, load_dataset(self.dataset, "train", side, False, self.train_limit)
 
     def __post_init__(self) -> None:
         if self.reference not in ("val", "train") or (self.reference == "train" and self.train_limit == 0):
@@ -139,19 +146,23 @@ class Inputs:
     def load(cls, settings: GenerationSettings, tokenizer: str, folder: Path, accelerator: Accelerator) -> "Inputs":
         loaded = load_tokenizer(find_model(tokenizer)).to(accelerator.device)
         side = loaded.resolution
-        val = load_dataset(settings.dataset, "val", side, limit=settings.val_limit)
+        val, train = settings.load_images(side)
+        share_content_digests(*(images for images in (val, train) if images is not None))
         distance = build_frechet(settings.frechet, settings.frechet_resolution).to(accelerator.device)
-        train, effnet = None, None
-        if settings.train_limit != 0:
-            train = load_dataset(settings.dataset, "train", side, False, settings.train_limit)
-            if distance.name == "fid":
-                effnet = build_frechet("fd_effnet", settings.frechet_resolution).to(accelerator.device)
+        effnet = None
+        if train is not None and distance.name == "fid":
+            effnet = build_frechet("fd_effnet", settings.frechet_resolution).to(accelerator.device)
         identity = tokenizer_hash(loaded)
         return cls(settings, accelerator, folder, loaded, identity, val, train, distance, effnet)
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def data(self) -> list[ImageDataset]:
+        """The images that decide the metrics."""
+        return [self.val] if self.train is None else [self.val, self.train]
 
     @property
     def samples(self) -> int:
@@ -165,8 +176,7 @@ class Inputs:
     def encode(self, split: str, images: ImageDataset) -> tuple[Tensor, Tensor]:
         """Images' tokens (N, L) and labels (N,), cached."""
         settings = self.settings
-        limits = settings.val_limit, settings.train_limit
-        key = digest(self.tokenizer_hash, settings.dataset, len(images), limits, settings.seed)
+        key = digest(self.tokenizer_hash, images.content_digest, settings.seed)
         folder = self.folder / f"tokens-{split}-{key}"
         process = self.accelerator.process_index, self.accelerator.num_processes
         caching = CacheSettings(seed=settings.seed, batch_size=settings.batch_size, workers=settings.workers)
@@ -186,8 +196,12 @@ class Inputs:
 
     def reference(self) -> Reference:
         settings = self.settings
-        train = None if self.train is None else feature_columns(self, _real(self, "train", self.train))
         val = feature_columns(self, _real(self, "val", self.val))
+        if (count := len(val["number"])) < COVARIANCE_IMAGES:
+            raise ValueError(
+                f"expected {COVARIANCE_IMAGES} validation images of {settings.dataset}, got {count}: add some"
+            )
+        train = None if self.train is None else feature_columns(self, _real(self, "train", self.train))
         columns, split = (val, "validation") if settings.reference == "val" else (train, "training")
         images = f"{split} images of {settings.dataset}"
         known = self.distance, columns["frechet"], images, settings.neighbours
@@ -326,7 +340,7 @@ def feature_columns(inputs: Inputs, method: Method) -> dict[str, Tensor]:
     if count < world_size:
         raise ValueError(f"expected at most {count} processes for {count} images, got {world_size}")
     networks = inputs.distance.name, inputs.distance.extractor_side, inputs.effnet is not None
-    data = settings.dataset, settings.val_limit, settings.train_limit, inputs.tokenizer.resolution
+    data = *(images.content_digest for images in inputs.data), inputs.tokenizer.resolution
     path = inputs.folder / f"{method.file}-{digest(count, data, networks, method.key)}.safetensors"
     if not is_cached(path, accelerator):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -391,7 +405,7 @@ def evaluate_maskgit(
     inputs = Inputs.load(settings, tokenizer, Path(folder) / "generated", accelerator)
     sampler = None if maskgit is None else Sampler.load(find_model(maskgit), inputs)
     reference = inputs.reference()
-    for name, file in _result_files(settings, maskgit, tokenizer, samplers, folder, baselines).items():
+    for name, file in _result_files(settings, maskgit, tokenizer, samplers, folder, baselines, inputs.data).items():
         if is_cached(file, accelerator):
             continue
         method = BASELINES[name](inputs) if name in baselines else sampler.method(samplers[name])
@@ -415,7 +429,8 @@ def read_generation_results(
     baselines: Sequence[str] = tuple(BASELINES),
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows that `evaluate_maskgit` wrote, baselines first, and the protocol of each metric."""
-    return read_results(_result_files(settings, maskgit, tokenizer, samplers, folder, baselines).values())
+    data = [images for images in settings.load_images(1) if images is not None]  # at any side: it is not looked at
+    return read_results(_result_files(settings, maskgit, tokenizer, samplers, folder, baselines, data).values())
 
 
 def _result_files(
@@ -425,8 +440,8 @@ def _result_files(
     samplers: Mapping[str, SamplerConfig],
     folder: str | Path,
     baselines: Sequence[str],
+    data: Sequence[ImageDataset],
 ) -> dict[str, Path]:
-    place = Path(folder) / "generated"
-    files = {name: result_file(place, name, settings, [tokenizer]) for name in baselines}
-    both = [tokenizer, maskgit]
-    return files | {name: result_file(place, name, settings, both, asdict(own)) for name, own in samplers.items()}
+    place, both = Path(folder) / "generated", [tokenizer, maskgit]
+    files = {name: result_file(place, name, settings, data, [tokenizer]) for name in baselines}
+    return files | {name: result_file(place, name, settings, data, both, asdict(own)) for name, own in samplers.items()}

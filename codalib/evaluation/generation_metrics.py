@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-from codalib.evaluation.metrics import FrechetDistance, frechet_distance, precision_recall
+from codalib.evaluation.metrics import COVARIANCE_IMAGES, FrechetDistance, frechet_distance, precision_recall
 
 COPY_QUANTILE = 0.01  # a sample is a copy if it is nearer to a training image than this fraction of validation images
 # Of the probe's least squares, times the features' mean variance. With it the probe is right for 81 % of the emoji's
@@ -64,9 +64,9 @@ def class_accuracy(predicted: Tensor, asked: Tensor) -> tuple[float, float]:
 
 
 def inception_score(features: Tensor, distance: FrechetDistance) -> float:
-    """The mean Inception Score of ten parts, from the pooled features (N, 2048) of InceptionFID (torch-fidelity's)."""
+    """The mean Inception Score of ten parts (N at most), from features (N, 2048) of InceptionFID (torch-fidelity's)."""
     logits = features @ distance.inception.extractor.model.fc.weight.detach().cpu().T  # without the bias, as usual
-    return isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
+    return isc_features_to_metric(logits, splits=min(10, len(features)))[KEY_METRIC_ISC_MEAN]
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,11 @@ class Reference:
     def evaluate(self, columns: Mapping[str, Tensor], asked: Tensor) -> dict[str, float]:
         """The metrics of some images, from their columns "frechet" (N, D) and "effnet" and their labels (N,)."""
         features = columns["frechet"]
-        values = {self.distance.name: frechet_distance(*moments(self.features), *moments(features))}
-        values["precision"], values["recall"] = precision_recall(self.features, features, self.neighbours)
+        values, left_out = {}, self._left_out(len(features))
+        if self.distance.name not in left_out:
+            values[self.distance.name] = frechet_distance(*moments(self.features), *moments(features))
+        if "precision" not in left_out:
+            values["precision"], values["recall"] = precision_recall(self.features, features, self.neighbours)
         if self.distance.name == "fid":
             values["inception_score"] = inception_score(features, self.distance)
         if self.probe is not None:
@@ -99,7 +102,7 @@ class Reference:
         return values
 
     def protocol(self, samples: int) -> dict[str, str]:
-        """How each number is made, in words."""
+        """How each number is made, in words, or why it was not."""
         network = (
             "TF-ported InceptionV3, 2048-d, images resized to 299 (bilinear, not antialiased)"
             if self.distance.name == "fid"
@@ -123,4 +126,10 @@ class Reference:
                 "EfficientNet's features, over that of validation images: well below 1 for copies",
                 "copies": f"share of samples nearer to a training image than {COPY_QUANTILE:.0%} of validation images",
             }
-        return texts
+        return texts | self._left_out(samples)
+
+    def _left_out(self, samples: int) -> dict[str, str]:
+        """The metrics that take more images than there are, and why they are left out."""
+        images = min(samples, len(self.features))
+        needed = {self.distance.name: COVARIANCE_IMAGES} | dict.fromkeys(("precision", "recall"), self.neighbours + 1)
+        return {name: f"left out: it takes {n} images, got {images}" for name, n in needed.items() if images < n}

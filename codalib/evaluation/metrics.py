@@ -5,6 +5,8 @@ images, added over the processes of a distributed run by `compute`. `Reconstruct
 the protocol of each number. A Frechet or perceptual distance on another network than the paper's has another name.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
@@ -19,6 +21,7 @@ SSIM_WINDOW = 11  # pixels
 SSIM_SIGMA = 1.5  # pixels
 SSIM_C1 = (0.01 * 255) ** 2
 SSIM_C2 = (0.03 * 255) ** 2
+COVARIANCE_IMAGES = 2  # that a covariance takes at least
 CPU_BATCH = 4  # images: at 224 pixels the feature maps of more leave the cache, and each takes about twice as long
 
 
@@ -256,7 +259,7 @@ class ReconstructionMetrics(nn.Module):
         if (codebook_size is None) != (num_levels is None):
             raise ValueError(f"got codebook_size {codebook_size} and num_levels {num_levels}, expected both or neither")
         self.reference_set = reference_set
-        self.images = SumMetric().set_dtype(torch.float64)
+        self.images, self.exact = (SumMetric().set_dtype(torch.float64) for _ in range(2))
         self.psnr, self.ssim, self.distance = (
             MeanMetric(nan_strategy="error").set_dtype(torch.float64) for _ in range(3)
         )
@@ -289,7 +292,10 @@ class ReconstructionMetrics(nn.Module):
             raise ValueError("got only one of latents and quantized, expected both or neither")
         if indices is not None and self.utilization is None:
             raise ValueError("got indices, expected none: give ReconstructionMetrics a codebook_size and num_levels")
-        self.psnr.update(psnr(images, reconstruction))
+        values = psnr(images, reconstruction)
+        exact = values.isinf()  # would make the mean infinite; they count as if one 8-bit value were off by one
+        self.psnr.update(values.where(~exact, 10 * math.log10(255**2 * images[0].numel())))
+        self.exact.update(exact.sum())
         self.ssim.update(ssim(images, reconstruction))
         self.images.update(len(images))
         images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
@@ -305,7 +311,7 @@ class ReconstructionMetrics(nn.Module):
             self.utilization.update(indices)
 
     def compute(self) -> dict[str, float]:
-        """The measures by name, over all processes; those that were given nothing are left out.
+        """The measures by name, over all processes; those that were given nothing are left out, or too few images.
 
         `psnr` (dB), `ssim`, the perceptual distance's name, `quantization_error`, `utilization`, `perplexity` and both
         `_level_1`, ..., and `rfid` or `fd_effnet`.
@@ -319,7 +325,7 @@ class ReconstructionMetrics(nn.Module):
             values["quantization_error"] = self.quantization_error.compute()
         if self.utilization is not None and self.utilization.update_called:
             values |= self.utilization.compute()
-        if self.frechet is not None:
+        if self.frechet is not None and self.images.compute() >= COVARIANCE_IMAGES:
             real, fake = self.frechet.real_features_num_samples, self.frechet.fake_features_num_samples
             if real != fake:
                 raise RuntimeError(
@@ -330,7 +336,7 @@ class ReconstructionMetrics(nn.Module):
         return {name: float(value) for name, value in values.items()}
 
     def protocol(self) -> dict[str, str]:
-        """How each number of `compute` is made, in words; in a distributed run call it on every process."""
+        """How each number of `compute` is made, or why it was not; in a distributed run call it on every process."""
         images = f"{int(self.images.compute()):,} images, per image, averaged"
         eight_bit = "clamped to [0, 1], truncated to 8 bits"
         texts = {
@@ -353,8 +359,12 @@ class ReconstructionMetrics(nn.Module):
                 f"{network}; {int(self.images.compute()):,} reconstructions against as many reference images: "
                 f"{self.reference_set}; clamped, rounded to 8 bits, resized to {self.frechet.extractor_side} ({resize})"
             )
-        present = self.compute()
-        return {name: texts[name.split("_level_")[0]] for name in present}
+        if exact := int(self.exact.compute()):
+            texts["psnr"] += f"; {exact:,} equal in 8 bits, counted as if one of their values were off by one"
+        made = {name: texts[name.split("_level_")[0]] for name in self.compute()}
+        if self.frechet is not None and self._frechet_name not in made:
+            made[self._frechet_name] = f"left out: it takes {COVARIANCE_IMAGES} images, got 1"
+        return made
 
     @property
     def _frechet_name(self) -> str:

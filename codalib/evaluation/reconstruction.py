@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from codalib.base.files import write_json
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import sample_generators
-from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset
+from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset, share_content_digests
 from codalib.evaluation.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
 from codalib.evaluation.results import is_cached, read_results, result_file
 from codalib.models.checkpoints import find_model, load_tokenizer, load_vae
@@ -58,11 +58,12 @@ def evaluate_models(
     """
     accelerator = make_accelerator()
     images = settings.load_images()
+    share_content_digests(images)
     images.check_enough_images(accelerator.num_processes)
     perceptual = build_perceptual(settings.perceptual)
     frechet = build_frechet(settings.frechet, settings.frechet_resolution)
     models = vaes | tokenizers
-    for name, file in _result_files(settings, models, folder).items():
+    for name, file in _result_files(settings, images, models, folder).items():
         if is_cached(file, accelerator):
             continue
         started = time.monotonic()
@@ -86,11 +87,14 @@ def read_reconstruction_results(
     settings: EvaluationSettings, models: Mapping[str, str], folder: str | Path
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows that `evaluate_models` wrote, in the order of MODELS, and the protocol of each metric."""
-    return read_results(_result_files(settings, models, folder).values())
+    return read_results(_result_files(settings, settings.load_images(), models, folder).values())
 
 
-def _result_files(settings: EvaluationSettings, models: Mapping[str, str], folder: str | Path) -> dict[str, Path]:
-    return {name: result_file(Path(folder) / "measured", name, settings, [path]) for name, path in models.items()}
+def _result_files(
+    settings: EvaluationSettings, images: ImageDataset, models: Mapping[str, str], folder: str | Path
+) -> dict[str, Path]:
+    place = Path(folder) / "measured"
+    return {name: result_file(place, name, settings, [images], [path]) for name, path in models.items()}
 
 
 @torch.no_grad()

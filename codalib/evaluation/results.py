@@ -11,8 +11,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from codalib.base.files import read_json
+from codalib.datasets.images import ImageDataset
 from codalib.models.checkpoints import EMBEDDED_GENERATORS, EMBEDDED_TOKENIZERS, EMOJI_VAE, PUBLISHED_VAES, find_model
-from codalib.pretrained.registry import find_weights, has_weights
+from codalib.models.checkpoints.names import weights_digest
+from codalib.pretrained.registry import find_weights
 
 EXECUTION = ("batch_size", "workers")  # settings that change no number
 
@@ -22,25 +24,33 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def fingerprint(name: str) -> list[Any]:
-    """The files of a model named as `find_model` takes it, with the times of their last change."""
-    if name in EMBEDDED_TOKENIZERS:
-        places = [EMBEDDED_TOKENIZERS[name], EMOJI_VAE]
-    elif name in EMBEDDED_GENERATORS:
-        places = [EMBEDDED_GENERATORS[name]]
-    elif name in PUBLISHED_VAES:
-        places = [find_weights(name)] if has_weights(name) else []
-    else:
-        places = [Path(find_model(name)).expanduser()]
-    files = [file for place in places for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
-    return [*map(str, places), *((file.name, file.stat().st_mtime_ns) for file in files)]
+def model_digest(name: str) -> str:
+    """Changes with the bytes of a model, named as `find_model` takes it: its files and a tokenizer's base VAE."""
+    if name in EMBEDDED_TOKENIZERS:  # "emoji" is the embedded VAE's name too
+        return digest(weights_digest(EMBEDDED_TOKENIZERS[name]), weights_digest(EMOJI_VAE))
+    if name in EMBEDDED_GENERATORS:
+        return weights_digest(EMBEDDED_GENERATORS[name])
+    if name in PUBLISHED_VAES:
+        return weights_digest(find_weights(name))
+    place = Path(find_model(name)).expanduser()
+    return weights_digest(place) if place.exists() else name  # a repository of the Hub, by its name
 
 
-def result_file(folder: Path, label: str, settings: Any, models: Iterable[str], *inputs: Any) -> Path:
-    """Where the result of LABEL lies in FOLDER, given a dataclass of settings, the models, and what else decides it."""
+def result_file(
+    folder: Path, label: str, settings: Any, data: Iterable[ImageDataset], models: Iterable[str], *inputs: Any
+) -> Path:
+    """Where the result of LABEL lies in FOLDER: its name changes with everything that decides the result's numbers.
+
+    Args:
+        settings: a dataclass.
+        data: the images; their bytes, labels and captions count, not their names or dates.
+        models: named as `find_model` takes them; their weights' bytes count.
+        inputs: what else decides the numbers, as JSON can write it.
+    """
     values = {name: value for name, value in asdict(settings).items() if name not in EXECUTION}
-    key = digest(values, [fingerprint(model) for model in models], inputs)
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-')}-{key}.json"
+    key = digest(label, values, [images.content_digest for images in data], list(map(model_digest, models)), inputs)
+    words = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-") or "result"
+    return folder / f"{words}-{key}.json"
 
 
 def is_cached(file: Path, accelerator: Accelerator) -> bool:

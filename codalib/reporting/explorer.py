@@ -3,24 +3,15 @@
 `reporting.widgets` shows what these functions return; they know nothing of widgets.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from codalib.datasets.images import (
-    DataError,
-    ImageDataset,
-    crop,
-    evaluation_batches,
-    resize_shorter_side,
-    to_rgb,
-    to_tensor,
-)
+from codalib.datasets.images import DataError, ImageDataset, evaluation_batches
+from codalib.datasets.pictures import UnreadableImage, read_rgb, square, to_tensor
 from codalib.evaluation.metrics import psnr
 from codalib.models.maskgit import Condition, MaskGIT
 from codalib.models.ranking import Ranking, rank_codes
@@ -100,11 +91,10 @@ def through_levels(explained: Explained, top: float, left: float) -> list[Assign
 def read_image(data: bytes, resolution: int, name: str = "the file") -> Tensor:
     """An image file's bytes -> (3, r, r) in [-1, 1], the middle of it; DataError where it is not an image."""
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = to_rgb(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        picture = read_rgb(data)
+    except UnreadableImage as error:
         raise DataError(f"{name} cannot be read as an image ({error}): give a PNG, JPEG or WebP file") from error
-    return to_tensor(crop(resize_shorter_side(picture, resolution), resolution, None))
+    return to_tensor(square(picture, resolution, resolution, None))
 
 
 @torch.no_grad()

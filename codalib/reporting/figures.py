@@ -139,9 +139,9 @@ def reconstruction_grid(
                 spine.set(visible=True, color="#C9CED2", linewidth=0.5)
             if notes and label in notes:
                 axes.set_xlabel(notes[label][index], fontsize=6, labelpad=1)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
     for axes, title in zip(panels[0], columns, strict=False):
-        axes.set_title(title, fontsize=7)
+        axes.set_title(title, fontsize=7, parse_math=False)  # captions and classes are no formulas
     return figure
 
 

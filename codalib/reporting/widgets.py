@@ -78,13 +78,21 @@ class ImageChoice(traitlets.HasTraits):
         super().__init__()
         self.tokenizer, self.images = tokenizer, images
         names = [(f"{number}: {item.caption}", number) for number, item in enumerate(images.items)]
-        self.number = w.Dropdown(options=names, value=first, description="image")
+        shown = images.readable(1, [*range(first, len(images)), *range(first)])[0]
+        self.number = w.Dropdown(options=names, value=shown["index"], description="image")
         self.upload = w.FileUpload(accept="image/*", multiple=False, description="your own")
         self.message = w.HTML()
         self.view = _row(self.number, self.upload, self.message)
-        self.number.observe(lambda _: self._take(images[self.number.value]["image"]), "value")
+        self.number.observe(lambda _: self._chosen(), "value")
         self.upload.observe(self._uploaded, "value")
-        self._take(images[first]["image"])
+        self._take(shown["image"])
+
+    def _chosen(self) -> None:
+        item = self.images[self.number.value]
+        if item is None:
+            self.message.value = "this image cannot be read: choose another"
+        else:
+            self._take(item["image"])
 
     def _take(self, image: Tensor) -> None:
         self.message.value = ""

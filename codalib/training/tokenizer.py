@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from codalib.datasets.images import ImageDataset, training_batches
+from codalib.datasets.images import ImageDataset, share_content_digests, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
 from codalib.models.adapters import add_adapters
@@ -51,6 +51,7 @@ class TokenizerStage(Stage):
     ):
         super().__init__(settings)
         val.check_enough_images(self.world_size)
+        share_content_digests(train)
         self.train, self.val, self.weights = train, val, settings.weights
         self.tokenizer = self.build_tokenizer(vae, quantizer)
         self.trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
@@ -72,8 +73,7 @@ class TokenizerStage(Stage):
             optimizers,
             {name: network for name, network in found.items() if name == "discriminator"},
             settings.ema_ramp,
-            data=train.name,
-            images=len(train),
+            data=train.content_digest,
             vae=checksum(*vae.state_dict().values()),
             start=None if quantizer is None else checksum(*quantizer.state_dict().values()),
             networks=[None if network is None else network.name for network in networks.values()],

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from codalib.datasets.images import ImageDataset, evaluation_batches, training_batches
+from codalib.datasets.images import ImageDataset, evaluation_batches, share_content_digests, training_batches
 from codalib.evaluation.metrics import psnr
 from codalib.models.loss_weights import LossWeights
 from codalib.models.losses import kl_divergence, reconstruction_terms, weighted_sum
@@ -70,7 +70,8 @@ class VaeStage(Stage):
             self.model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
         )
         self.parallel = self.accelerator.prepare(self.model)
-        inputs = {"data": train.name, "images": len(train)}
+        share_content_digests(train)
+        inputs = {"data": train.content_digest}
         inputs["start"] = None if start is None else checksum(*start.state_dict().values())
         self.trainer = Trainer(settings, folder, self.accelerator, self.model, {"VAE": optimizer}, **inputs)
 

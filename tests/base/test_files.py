@@ -31,20 +31,27 @@ def test_an_unchanged_file_is_read_once_by_any_process(runs, tmp_path, monkeypat
     file = tmp_path / "with\na newline"
     file.write_bytes(b"one")
     found = file_digest(file)
-    with open(runs / files.DIGESTS, "a") as kept:
-        kept.write('["torn')
-    files._digests.cache_clear()  # as another process would find it
+    (kept,) = (runs / "digests").iterdir()
     monkeypatch.setattr(hashlib, "file_digest", None)
     assert file_digest(file) == found
     (tmp_path / "link").symlink_to(file)
     assert file_digest(tmp_path / "link") == found
+    monkeypatch.undo()
+    kept.write_text('{"torn')
+    assert file_digest(file) == found
 
 
 def test_a_file_that_has_just_changed_is_not_kept(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SETTLED", 10**12)
     (tmp_path / "weights").write_bytes(b"one")
     file_digest(tmp_path / "weights")
-    assert not (runs / files.DIGESTS).exists()
+    assert not (runs / "digests").exists()
+
+
+def test_a_file_that_cannot_be_read_has_no_digest(runs, tmp_path):
+    assert files.file_digests([str(tmp_path / "missing")]) == {str(tmp_path / "missing"): ""}
+    with pytest.raises(OSError, match="expected a file that can be read"):
+        file_digest(tmp_path / "missing")
 
 
 def test_without_a_folder_of_runs_nothing_is_written(runs, tmp_path):

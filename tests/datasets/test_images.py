@@ -1,20 +1,26 @@
+import dataclasses
 import itertools
 import json
+import os
+import struct
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from codalib.datasets.images import EMOJI_FOLDER, DataError, evaluation_batches, load_dataset, to_rgb, training_batches
+from codalib.base import files
+from codalib.datasets.images import EMOJI_FOLDER, DataError, evaluation_batches, load_dataset, training_batches
+from codalib.datasets.pictures import UnreadableImage, read_rgb, square, to_rgb
 
 
 def folder_of_images(root, count=3, classes=("cat", "dog"), size=(40, 30)):
-    for split, name in itertools.product(("train", "val"), classes):
+    for number, (split, name) in enumerate(itertools.product(("train", "val"), classes)):
         (root / split / name).mkdir(parents=True)
         for i in range(count):
-            pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
+            pixels = np.random.default_rng((number, i)).integers(0, 256, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / split / name / f"{i}.png")
     return f"imagefolder:{root}"
 
@@ -175,3 +181,293 @@ def test_a_folder_of_less_than_two_images_is_refused(tmp_path):
         load_dataset(f"folder:{tmp_path}", "train", 16)
     with pytest.raises(DataError, match="not a folder"):
         load_dataset(f"folder:{tmp_path / 'nowhere'}", "train", 16)
+
+
+def test_the_content_digest_changes_with_names_labels_captions_order_and_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(files, "SETTLED", -1)  # so that files of this moment are remembered
+    name = folder_of_images(tmp_path / "pictures")
+    dataset = load_dataset(name, "val", 16)
+    digest = dataset.content_digest
+    assert len(digest) == 16
+    assert load_dataset(name, "val", 16).content_digest == digest  # read from runs/digests
+    assert load_dataset(f"imagefolder:{(tmp_path / 'pictures').rename(tmp_path / 'moved')}", "val", 16)
+    name = f"imagefolder:{tmp_path / 'moved'}"
+    dataset = load_dataset(name, "val", 16)
+    assert dataset.content_digest == digest
+    first, *rest = dataset.items
+    for items in [
+        [*rest, first],
+        rest,
+        [dataclasses.replace(first, label=1), *rest],
+        [dataclasses.replace(first, captions=("dog", "cat")), *rest],
+        [dataclasses.replace(first, stored=b"other"), *rest],
+    ]:
+        dataset = load_dataset(name, "val", 16)
+        dataset.items = items
+        assert dataset.content_digest != digest
+    path = tmp_path / "moved" / "val" / "cat" / "0.png"
+    bytes_, times = bytearray(path.read_bytes()), path.stat()
+    bytes_[50] ^= 1
+    time.sleep(0.02)  # a tick of the file system's clock
+    path.write_bytes(bytes_)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert load_dataset(name, "val", 16).content_digest != digest
+    path.rename(path.with_name("00.png"))
+    assert load_dataset(name, "val", 16).content_digest != digest
+    emoji = load_dataset("emoji", "val", 16, limit=3)
+    assert emoji.content_digest == load_dataset("emoji", "val", 16, limit=3).content_digest
+    assert emoji.content_digest != load_dataset("emoji", "train", 16, limit=3).content_digest
+
+
+def noise(seed, size=(20, 20)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def test_hidden_files_are_no_images_and_a_folder_is_visited_once(tmp_path):
+    root = tmp_path / "pictures"
+    for place in ("", "deep", ".ipynb_checkpoints", "__MACOSX", "deep/.hidden"):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for number in range(5):
+            noise(number + 5 * (place == "deep")).save(root / place / f"{place.strip('._')[:4]}{number}.png")
+    (root / "._0.png").write_bytes(b"of a Mac")
+    (root / ".DS_Store").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    noise(99).save(tmp_path / "elsewhere" / "far.png")
+    for link in ("a", "z"):
+        (root / link).symlink_to(root)
+        (root / f"{link}{link}").symlink_to(tmp_path / "elsewhere")
+        (root / f"to_deep_{link}").symlink_to(root / "deep")
+    sides = [load_dataset(f"folder:{root}", split, 16).items for split in ("train", "val")]
+    names = {os.path.relpath(item.name, root) for side in sides for item in side}
+    assert sum(map(len, sides)) == len(names) == 11
+    assert {name for name in names if name.startswith(("deep/", "to_deep"))} == {f"deep/deep{i}.png" for i in range(5)}
+    assert {os.path.basename(name) for name in names} >= {"far.png", "0.png"}
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    name = folder_of_images(tmp_path)
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / "train" / hidden).mkdir()
+        noise(0).save(tmp_path / "train" / hidden / "0.png")
+    dataset = load_dataset(name, "train", 16)
+    assert (dataset.classes, len(dataset)) == (["cat", "dog"], 6)
+
+
+def test_a_picture_on_both_sides_of_a_split_is_refused(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    name = folder_of_images(tmp_path / "classes")
+    load_dataset(name, "val", 16)
+    train, val = tmp_path / "classes" / "train" / "cat" / "1.png", tmp_path / "classes" / "val" / "dog" / "copy.png"
+    val.write_bytes(train.read_bytes())
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=rf"{train} \(to train on\) and {val} \(held out\) are the same picture"):
+            load_dataset(name, split, 16)
+    monkeypatch.setattr("codalib.datasets.images.COMPARED_IMAGES", 12)
+    load_dataset(name, "val", 16)
+    monkeypatch.undo()
+    for number in range(20):
+        noise(number // 2).save(tmp_path / f"{number}.png")
+    with pytest.raises(DataError, match="are the same picture"):
+        load_dataset(f"folder:{tmp_path}", "train", 16)
+
+
+def saved(path, values, **tags):
+    """A TIFF of grey VALUES with some tags, by number."""
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        info[int(tag[1:])] = value
+    Image.fromarray(values).save(path, tiffinfo=info)
+    return str(path)
+
+
+RAMP = np.linspace(0, 1, 20).reshape(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "tags", "guess"),
+    [
+        (RAMP.astype(np.float32), {}, None),
+        ((RAMP * 1.2 - 0.1).astype(np.float32), {}, None),  # resampling overshoots
+        ((RAMP * 255).astype(np.float32), {}, 255),
+        ((RAMP * 100).astype(np.float32), {"_341": 100.0}, None),
+        ((RAMP * 100 - 50).astype(np.float32), {"_340": -50.0, "_341": 50.0}, None),
+        ((RAMP * 255).round().astype(np.int32), {}, 255),
+        ((RAMP * 4095).round().astype(np.int32), {}, 4095),
+        ((RAMP * 4095).round().astype(np.uint16), {}, 4095),  # 12 bits in 16
+        ((RAMP * 4095).round().astype(np.uint16), {"_341": 4095}, None),
+        ((RAMP * 65535).round().astype(np.uint16), {}, None),
+        ((RAMP * 65535).round().astype(np.int32), {}, 65535),
+    ],
+)
+def test_deep_grey_is_scaled_by_the_range_that_its_file_states_or_that_holds_it(tmp_path, values, tags, guess):
+    said = []
+    rgb = np.asarray(read_rgb(saved(tmp_path / "grey.tif", values, **tags), said.append))
+    expected = RAMP * 1.2 - 0.1 if values.min() < 0 and not tags else RAMP
+    assert np.abs(rgb - expected.clip(0, 1)[..., None] * 255).max() <= 1
+    assert bool(said) == (guess is not None)
+    assert all(f"{guess} is taken as white" in text for text in said)
+
+
+def test_12_packed_bits_16_bit_png_and_inverted_grey_keep_their_values(tmp_path):
+    row = [0, 4095, 2048, 1024]
+    packed = b"".join(
+        bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in zip(row[::2], row[1::2], strict=True)
+    )
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHIHxx", tag, 3, 1, value) for tag, value in tags)
+    file = struct.pack("<2sHI", b"II", 42, 16) + packed.ljust(8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert np.asarray(read_rgb(file, pytest.fail))[0, :, 0].tolist() == [0, 255, 128, 64]
+    Image.fromarray(np.full((2, 2), 4000, np.uint16)).save(tmp_path / "dark.png")  # PNG: white is 65535
+    assert np.asarray(read_rgb(str(tmp_path / "dark.png"), pytest.fail)).max() == 16
+    inverted = saved(tmp_path / "inverted.tif", (RAMP * 65535).astype(np.uint16), _262=0)
+    assert np.asarray(read_rgb(inverted, pytest.fail))[0, 0, 0] == 255
+
+
+def test_transparency_of_every_mode_is_white(tmp_path):
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    palette = clear.quantize()
+    for number, (image, settings) in enumerate([(clear, {}), (palette, {}), (Image.new("LA", (4, 4)), {})]):
+        image.save(tmp_path / f"{number}.png", **settings)
+        assert np.asarray(read_rgb(str(tmp_path / f"{number}.png"))).min() == 255
+    with_palette = Image.new("P", (4, 4))
+    with_palette.putpalette([255, 0, 0, 0], "RGBA")
+    assert np.asarray(to_rgb(with_palette)).min() == 255
+    Image.fromarray(np.full((2, 2), 300, np.uint16)).save(tmp_path / "16.png", transparency=300)
+    assert np.asarray(read_rgb(str(tmp_path / "16.png"))).min() == 255
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    cmyk.save(tmp_path / "cmyk.tif")
+    assert np.asarray(read_rgb(str(tmp_path / "cmyk.tif")))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_values_without_a_range_are_one_sentence_and_a_guess_is_told_once(tmp_path, caplog):
+    for name, values, message in [
+        ("nan", np.full((3, 3), np.nan, np.float32), "not finite"),
+        ("negative", np.full((3, 3), -7, np.int32), "go from -7 to -7, expected 0 to 1, 255, 4095 or 65535"),
+        ("large", np.full((3, 3), 10**6, np.int32), r"1e\+06"),
+    ]:
+        with pytest.raises(UnreadableImage, match=message):
+            read_rgb(saved(tmp_path / f"{name}.tif", values))
+    for number in range(4):
+        saved(tmp_path / "grey" / f"{number}.tif", (RAMP * (250 + number)).astype(np.float32)) if number else (
+            tmp_path / "grey"
+        ).mkdir()
+    dataset = load_dataset(f"folder:{tmp_path / 'grey'}", "train", 4)
+    assert all(dataset[i] is not None for i in (0, 1, 0, 1))
+    assert caplog.text.count("255 is taken as white") == 1
+
+
+def test_a_thin_picture_is_resized_only_where_its_crop_lies(monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest)
+    )
+    thin = noise(0, (3, 60))
+    for generator in (None, torch.Generator().manual_seed(5)):
+        state = generator and generator.get_state()
+        part = np.asarray(square(thin, 9, 8, generator), dtype=int)
+        assert sizes.pop() == (8, 8)
+        if generator:
+            generator.set_state(state)
+        monkeypatch.setattr("codalib.datasets.pictures.ELONGATED", 99)
+        whole = np.asarray(square(thin, 9, 8, generator), dtype=int)
+        monkeypatch.setattr("codalib.datasets.pictures.ELONGATED", 8)
+        assert sizes.pop() == (180, 9)
+        assert np.abs(part - whole).max() <= 1
+    assert square(noise(0, (60_000, 1)), 256, 256, None).size == (256, 256)
+    assert sizes == [(256, 256)]
+
+
+def test_a_picture_of_too_many_pixels_is_one_sentence(tmp_path, monkeypatch, recwarn):
+    noise(0).save(tmp_path / "scan.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    assert read_rgb(str(tmp_path / "scan.png")).size == (20, 20)  # Pillow would warn
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImage, match=r"too large, .* pixels are read at most: make it smaller"):
+        read_rgb(str(tmp_path / "scan.png"))
+
+
+def test_the_first_readable_images_are_given_and_the_others_counted(tmp_path, caplog):
+    dataset = load_dataset(folder_of_images(tmp_path), "val", 16)
+    (tmp_path / "val" / "cat" / "0.png").write_bytes(b"broken")
+    assert [item["index"] for item in dataset.readable(2)] == [1, 2]
+    assert "1 unreadable images" in caplog.text
+    assert [item["index"] for item in dataset.readable(9, [5, 0, 3])] == [5, 3]
+    with pytest.raises(DataError, match="can be read"):
+        dataset.readable(1, [0])
+    with pytest.raises(DataError, match="1 unreadable images among the 1"):
+        list(evaluation_batches(dataset.subset([0]), 4))
+
+
+def test_captions_that_are_missing_are_skipped(tmp_path, caplog):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2014").mkdir()
+    rows = [(1, None), (1, "A dog."), (2, None), (2, " "), (3, "A \ud83d cat.")]
+    contents = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in (1, 2, 3)],
+        "annotations": [{"image_id": i, "caption": caption} for i, caption in rows],
+    }
+    annotations = tmp_path / "annotations" / "captions_val2014.json"
+    annotations.write_text(json.dumps(contents))
+    for i in (1, 2, 3):
+        noise(i).save(tmp_path / "val2014" / f"{i}.png")
+    dataset = load_dataset(f"coco:{tmp_path}", "val", 16)
+    assert [item.captions for item in dataset.items] == [("A dog.",), ("A \ufffd cat.",)]
+    assert "1 images of" in caplog.text
+    whole = annotations.read_text()
+    for broken in (whole[:-20], "[]", whole.replace('"A dog."', "7"), whole.replace("file_name", "name")):
+        annotations.write_text(broken)
+        with pytest.raises(DataError, match="not a file of MS-COCO captions"):
+            load_dataset(f"coco:{tmp_path}", "val", 16)
+    annotations.write_text(json.dumps(contents | {"annotations": contents["annotations"][2:4]}))
+    with pytest.raises(DataError, match=r"captions_val2014\.json has no caption"):
+        load_dataset(f"coco:{tmp_path}", "val", 16)
+
+
+def test_names_that_are_not_utf8_are_shown_with_replacement_characters(tmp_path, caplog):
+    for split, number in (("train", 1), ("val", 2)):
+        folder = os.fsencode(tmp_path) + f"/{split}/".encode() + b"Caf\xe9 <i>"
+        os.makedirs(folder)
+        noise(number).save(tmp_path / "one.png")
+        os.rename(tmp_path / "one.png", folder + b"/\xff.png")
+        with open(folder + b"/broken\xff.png", "wb") as file:
+            file.write(split.encode())
+    dataset = load_dataset(f"imagefolder:{tmp_path}", "val", 16)
+    assert dataset.classes == ["Caf\ufffd <i>"]
+    assert len(dataset.content_digest) == 16
+    assert dataset.readable(1)[0]["caption"] == "Caf\ufffd <i>"
+    assert next(i for i, item in enumerate(dataset.items) if dataset[i] is None) == 0
+    assert "broken\ufffd.png" in caplog.text
+    caplog.text.encode()
+    plain = load_dataset(f"folder:{tmp_path}", "train", 16)
+    "".join(item.caption for item in plain.items).encode()
+    with pytest.raises(DataError) as error:
+        load_dataset(f"folder:{tmp_path}/\udcff", "train", 16)
+    str(error.value).encode()
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_text(pointer)
+    with pytest.raises(ValueError, match=r"0\.png is a Git LFS pointer.*git lfs pull"):
+        load_dataset(f"folder:{tmp_path}", "train", 16)
+    noise(0).save(tmp_path / "0.png")
+    noise(1).save(tmp_path / "1.png")
+    noise(2).save(tmp_path / "2.png")
+    dataset = load_dataset(f"folder:{tmp_path}", "train", 16)
+    (tmp_path / os.path.basename(dataset.items[0].name)).write_text(pointer)
+    with pytest.raises(ValueError, match="git lfs pull"):
+        dataset[0]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "captions_val2014.json").write_text(pointer)
+    with pytest.raises(ValueError, match=r"^[^(]*captions_val2014\.json is a Git LFS pointer"):
+        load_dataset(f"coco:{tmp_path}", "val", 16)
+
+
+@pytest.mark.parametrize(("images", "held_out"), [(2, 1), (3, 1), (4, 2), (14, 2), (25, 2), (30, 3)])
+def test_a_small_folder_holds_out_two_images_where_it_can(tmp_path, images, held_out):
+    for number in range(images):
+        noise(number).save(tmp_path / f"{number}.png")
+    assert len(load_dataset(f"folder:{tmp_path}", "val", 16)) == held_out

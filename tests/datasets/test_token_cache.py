@@ -228,3 +228,18 @@ def test_of_several_captions_each_epoch_draws_one(tmp_path, tokenizer):
     assert cache.batch([0, 1])["caption"] == ["a", "a"]
     stream = cache.batches(2, seed=0)
     assert {caption for _ in range(20) for caption in next(stream)["caption"]} == {"a", "b", "c"}
+
+
+def test_replaced_pictures_of_the_same_names_are_other_tokens(tokenizer, tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "a" / "val" / "x").mkdir(parents=True)
+
+    def draw():
+        for i in range(2):
+            pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "a" / "val" / "x" / f"{i}.png")
+        return load_dataset(f"imagefolder:{tmp_path / 'a'}", "val", 64)
+
+    cache_tokens(tokenizer, draw(), tmp_path / "tokens")
+    with pytest.raises(CacheMismatch, match="content"):
+        cache_tokens(tokenizer, draw(), tmp_path / "tokens")

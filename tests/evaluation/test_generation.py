@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -243,6 +244,17 @@ def test_against_training_images(models, tmp_path):
     assert "24 training images" in protocol["recall"]
     with pytest.raises(ValueError, match="'val', or 'train' with training images"):
         dataclasses.replace(settings, train_limit=0)
+
+
+def test_two_images_are_enough_and_what_takes_more_says_so(models, tmp_path):
+    settings = dataclasses.replace(SETTINGS, samples=None, val_limit=2)
+    asked = settings, *models[:2], {"plain": SamplerConfig(steps=1)}, tmp_path
+    evaluate_maskgit(*asked)
+    rows, protocol = read_generation_results(*asked)
+    assert all(math.isfinite(row["fd_effnet"]) and "recall" not in row for row in rows)
+    assert protocol["recall"] == "left out: it takes 4 images, got 2"
+    with pytest.raises(ValueError, match="expected 2 validation images of emoji, got 1"):
+        evaluate_maskgit(dataclasses.replace(settings, val_limit=1), *asked[1:])
 
 
 def test_another_tokenizers_generator_and_bad_names_are_refused(models, tmp_path):

@@ -232,6 +232,15 @@ def test_a_continuous_vae_has_no_discrete_measures():
     assert list(measured.protocol()) == ["psnr", "ssim"]
 
 
+def test_one_image_leaves_the_frechet_distance_out_and_says_why(effnet):
+    measured = metrics.ReconstructionMetrics(frechet=metrics.FrechetDistance(effnet, 32))
+    measured.update(random_images(1), random_images(1, seed=1))
+    assert list(measured.compute()) == ["psnr", "ssim"]
+    assert measured.protocol()["fd_effnet"] == "left out: it takes 2 images, got 1"
+    measured.update(random_images(1, seed=2), random_images(1, seed=3))
+    assert measured.compute()["fd_effnet"] > 0
+
+
 def test_reconstruction_metrics_refuse_half_a_pair():
     with pytest.raises(ValueError, match="expected both or neither"):
         metrics.ReconstructionMetrics(codebook_size=8, frechet=None)
@@ -295,3 +304,15 @@ def test_coverage_is_the_share_of_references_with_a_sample_close_by():
     assert metrics.coverage(cloud, cloud + 100) == 0
     with pytest.raises(ValueError, match="more than neighbours = 3"):
         metrics.coverage(cloud[:3], cloud)
+
+
+def test_an_exact_image_leaves_the_mean_psnr_finite():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    other = images.clone()
+    other[1] = -images[1]
+    measured = metrics.ReconstructionMetrics(frechet=None)
+    measured.update(images, other)
+    limit = 10 * math.log10(255**2 * 768)  # 76.99 dB: one of 768 values off by one
+    expected = (limit + metrics.psnr(images, other)[1].item()) / 2
+    assert measured.compute()["psnr"] == pytest.approx(expected)
+    assert "1 equal in 8 bits" in measured.protocol()["psnr"]

@@ -1,12 +1,14 @@
-import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from codalib.base.paths import DATA
 from codalib.base.processes import launch
-from codalib.evaluation import reconstruction
+from codalib.evaluation import reconstruction, results
 from codalib.evaluation.metrics import ReconstructionMetrics, psnr
 from codalib.evaluation.reconstruction import (
     EvaluationSettings,
@@ -14,7 +16,7 @@ from codalib.evaluation.reconstruction import (
     evaluate_models,
     read_reconstruction_results,
 )
-from codalib.evaluation.results import fingerprint, result_file
+from codalib.evaluation.results import model_digest, result_file
 from codalib.models.checkpoints import check_models, find_model, load_vae, present_models
 from codalib.models.tokenizer import CodaTokenizer
 
@@ -78,11 +80,35 @@ def test_a_measured_model_is_not_measured_again_until_something_changes(alone, m
 def test_a_changed_tokenizer_is_another_result(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     CodaTokenizer.from_pretrained("emoji").save_pretrained(tmp_path / "mine", base="emoji")
-    before = result_file(tmp_path, "mine", SETTINGS, ["mine"])
+    before = result_file(tmp_path, "mine", SETTINGS, [], ["mine"])
     assert find_model("mine") == str(tmp_path / "mine")
-    config = tmp_path / "mine" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text())))
-    assert result_file(tmp_path, "mine", SETTINGS, ["mine"]) != before
+    weights = tmp_path / "mine" / "quantizer.safetensors"
+    tensors = load_file(weights)
+    save_file({name: value + 1e-3 for name, value in tensors.items()}, weights)
+    assert result_file(tmp_path, "mine", SETTINGS, [], ["mine"]) != before
+    save_file(tensors, weights)  # anew, but the same
+    assert result_file(tmp_path, "mine", SETTINGS, [], ["mine"]) == before
+
+
+def test_replaced_pictures_of_the_same_names_are_measured_again(tmp_path):
+    rng = np.random.default_rng(0)
+    place = tmp_path / "pictures" / "val" / "a"
+    place.mkdir(parents=True)
+    settings = EvaluationSettings(f"imagefolder:{tmp_path / 'pictures'}", 64, frechet=None, perceptual=None)
+    found = []
+    for spread in (255, 40, 40):
+        for i in range(2):
+            pixels = rng.integers(0, spread, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+        evaluate_models(settings, {"vae": "emoji"}, {}, tmp_path)
+        found.append(read_reconstruction_results(settings, {"vae": "emoji"}, tmp_path)[0][0]["psnr"])
+    assert found[1] > found[0] + 3
+    assert found[2] not in found[:2]
+
+
+def test_models_named_alike_have_results_of_their_own(tmp_path):
+    names = ["a b", "a-b", "模型", "模式", "--"]
+    assert len({result_file(tmp_path, name, SETTINGS, [], ["emoji"]) for name in names}) == len(names)
 
 
 def test_every_odd_picture_of_a_thousand_classes_is_measured(tmp_path):
@@ -130,9 +156,17 @@ def test_wrong_models_are_one_sentence():
     check_models(VAES, TOKENIZERS)
 
 
-def test_the_files_behind_an_embedded_name_are_those_of_the_tokenizer_and_of_its_vae():
-    names = {part[0] for part in fingerprint("emoji") if isinstance(part, tuple)}
-    assert {"quantizer.safetensors", "diffusion_pytorch_model.safetensors"} <= names
+@pytest.mark.parametrize("changed", ["tokenizer-emoji", "vae-emoji"])
+def test_an_embedded_name_stands_for_the_tokenizer_and_its_vae(tmp_path, monkeypatch, changed):
+    before = model_digest("emoji")
+    for name in ("tokenizer-emoji", "vae-emoji"):
+        shutil.copytree(DATA / name, tmp_path / name)
+    monkeypatch.setitem(results.EMBEDDED_TOKENIZERS, "emoji", tmp_path / "tokenizer-emoji")
+    monkeypatch.setattr(results, "EMOJI_VAE", tmp_path / "vae-emoji")
+    assert model_digest("emoji") == before
+    with open(next((tmp_path / changed).rglob("*.safetensors")), "ab") as file:
+        file.write(b" ")
+    assert model_digest("emoji") != before
 
 
 def test_the_levels_together_are_the_whole(tmp_path):

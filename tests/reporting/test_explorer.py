@@ -1,5 +1,6 @@
 """What a person at a notebook looks at, and the widgets' states."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -143,6 +144,17 @@ def test_another_image_reaches_every_view_of_it(choice, images):
     choice.number.value = 2
     assert levels.original.source != before
     assert edits.changed == 0
+
+
+def test_an_image_that_cannot_be_read_is_said_and_changes_nothing(tokenizer, images):
+    broken = images.subset([0, 1, 2])
+    broken.items[0] = dataclasses.replace(broken.items[0], stored=b"broken")
+    choice = ImageChoice(tokenizer, broken)
+    assert choice.number.value == 1
+    before = choice.explained
+    choice.number.value = 0
+    assert choice.explained is before
+    assert "cannot be read" in choice.message.value
 
 
 def test_a_file_that_is_no_image_is_said_and_changes_nothing(choice):

@@ -1,3 +1,4 @@
+import io
 import itertools
 
 import matplotlib as mpl
@@ -36,6 +37,11 @@ def test_grid_shows_the_pixels_it_was_given():
     assert black.max() == 0
     assert red[0, 0].tolist() == [1, 0, 0]
     assert figure.axes[3].get_xlabel() == "y"
+
+
+def test_a_class_or_caption_with_dollars_is_no_formula():
+    images = np.zeros((1, 3, 4, 4))
+    figures.reconstruction_grid({r"a $\frac{$ b": images}, columns=[r"$\frac{$"]).savefig(io.BytesIO())
 
 
 def test_grid_rows_of_other_lengths_are_an_error():
