@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,14 +167,15 @@ def load_dataset(
         name: "emoji" (embedded, 9 classes, 64 x 64), "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...),
             "coco:PATH" (PATH/annotations/captions_train2014.json, PATH/train2014/*.jpg and the same of val2014; or
             2017) or "folder:PATH" (images of any sizes in PATH and below, all of one class; a tenth of them, chosen by
-            their names, is the validation split); an environment variable in PATH is filled in:
-            "imagefolder:$IMAGENET".
+            their names, is the validation split). Hidden files and folders are left out, and an environment variable in
+            PATH is filled in: "imagefolder:$IMAGENET".
         split: "train" or "val".
         resolution: side of the square images, pixels.
         random_crop: the training transform; by default for the training split only.
         limit: keep this many images, evenly spread over the set.
     Raises:
-        DataError: unknown name, missing folder or split, no images.
+        DataError: unknown name, missing folder or split, no images, or a picture that is in both splits of a folder.
+        ValueError: a Git LFS pointer in place of a file.
     """
     if split not in SPLITS:
         raise DataError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
@@ -317,8 +319,8 @@ def _image_files(root: Path) -> list[str]:
             raise DataError(
                 f"{folder} cannot be read ({error}): let this user read it, or move it elsewhere"
             ) from error
-        found += [entry.path for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
-        inner = [entry for entry in entries if entry.is_dir()]
+        files, inner = ([entry for entry in entries if entry.is_dir() == kind] for kind in (False, True))
+        found += [entry.path for entry in files if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
         folders[:0] = [entry.path for entry in inner if entry.is_symlink()]  # after the others
         folders += [entry.path for entry in inner if not entry.is_symlink()]
     found.sort()
@@ -382,17 +384,20 @@ def collate(samples: list[dict | None]) -> dict:
 
 
 class UnreadableCount:
-    """Counts skipped images; stops the run when they are all, or more than one and 1 % of the data set."""
+    """Counts skipped images; stops the run when they are all, or more than one and 1 % of the data set.
 
-    def __init__(self, dataset: ImageDataset):
-        self.dataset, self.count = dataset, 0
+    `epochs` is how often an image may have been read, and so counted, by now.
+    """
+
+    def __init__(self, dataset: ImageDataset, epochs: int = 1):
+        self.dataset, self.epochs, self.count = dataset, epochs, 0
 
     def add(self, unreadable: int) -> None:
         self.count += unreadable
-        images = len(self.dataset)
-        if self.count > min(images - 1, max(1, MAX_UNREADABLE * images)):
+        images, count = len(self.dataset), self.count / self.epochs
+        if count > max(1, MAX_UNREADABLE * images) or count >= images:
             raise DataError(
-                f"{self.count} unreadable images among the {images} of {self.dataset.name}, at most "
+                f"{math.ceil(count)} unreadable images among the {images} of {self.dataset.name}, at most "
                 f"{MAX_UNREADABLE:.0%} (and one) are skipped: the warnings above name the files; repair or remove them"
             )
 
@@ -428,12 +433,14 @@ def training_batches(
     """
     step_images = batch_size * world_size
     order = EndlessOrder(len(dataset), seed, start_step * step_images, rank, world_size)
-    unreadable, seen = UnreadableCount(dataset), 0
+    unreadable = UnreadableCount(dataset)
+    seen = since = start_step * step_images  # of the endless order; since when unreadable images are counted
     for batch in _loader(dataset, batch_size, order, workers):
         if seen // len(dataset) != (seen + step_images) // len(dataset):
             unreadable.report()
-            unreadable.count = 0  # a new epoch meets the same files again
+            unreadable.count, since = 0, seen  # a new epoch meets the same files again
         seen += step_images
+        unreadable.epochs = (seen - 1) // len(dataset) - since // len(dataset) + 1
         unreadable.add(batch["unreadable"])
         if "image" in batch:
             yield batch

@@ -130,7 +130,7 @@ def cache_tokens(
     rank, world_size = process
     mine = range(rank, manifest["shards"], world_size)
     missing = [number for number in mine if not _shard(folder, number).exists()]
-    unreadable = UnreadableCount(dataset)
+    unreadable = UnreadableCount(dataset, settings.views)
     for number in tqdm(missing, desc="tokens", disable=rank > 0, mininterval=2.0):
         start = number * settings.shard_images
         numbers = range(start, min(start + settings.shard_images, positions))

@@ -471,3 +471,15 @@ def test_a_small_folder_holds_out_two_images_where_it_can(tmp_path, images, held
     for number in range(images):
         noise(number).save(tmp_path / f"{number}.png")
     assert len(load_dataset(f"folder:{tmp_path}", "val", 16)) == held_out
+
+
+@pytest.mark.parametrize("images", [3, 9, 20])
+def test_one_unreadable_image_does_not_end_the_training_on_a_small_set(tmp_path, images):
+    for number in range(images):
+        noise(number, (8, 8)).save(tmp_path / f"{number}.png")
+    dataset = load_dataset(f"folder:{tmp_path}", "train", 8)
+    (tmp_path / os.path.basename(dataset.items[0].name)).write_bytes(b"broken")
+    batches = list(itertools.islice(training_batches(dataset, 8, seed=0, start_step=1), 15))
+    assert 0 not in torch.cat([batch["index"] for batch in batches])
+    with pytest.raises(DataError, match="1 unreadable images among the 1"):
+        next(training_batches(dataset.subset([0]), 8, seed=0))
