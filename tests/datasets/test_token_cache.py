@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from codalib.base.processes import launch
 from codalib.datasets import token_cache as tokens_module
