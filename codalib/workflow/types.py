@@ -51,7 +51,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def parse(text: str, hint: Any) -> Any:
-    """TEXT, typed on the command line, as HINT; the text itself where it is no such value, for `convert` to refuse.
+    """TEXT, typed on the command line, as HINT; what is no such value comes back for `convert` to refuse.
 
     A text is taken as it stands; numbers may be written 1e3; None, null and ~ are None where the type allows it; lists,
     tuples and mappings are YAML, their items read by their own types.
@@ -62,7 +62,7 @@ def parse(text: str, hint: Any) -> Any:
             return convert(value, option)
         except TypeError:
             continue
-    return text
+    return value
 
 
 def _options(hint: Any) -> list[Any]:
