@@ -25,6 +25,8 @@ import importlib
 import sys
 from typing import Any
 
+from codalib.base.paths import move_home
+
 __version__ = "0.1.0"
 
 FRONT_DOOR = {  # name -> the module that defines it
@@ -75,4 +77,5 @@ def _show_in_notebooks() -> None:
         shell.display_formatter.formatters["text/html"].for_type_by_name(module, name, show)
 
 
+move_home()
 _show_in_notebooks()

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON with plain numbers, and digests of files that are not read twice."""
+"""Atomic writes, locks, JSON with plain numbers, and digests of files that are not read twice."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import socket
 import tempfile
 import time
 from collections import defaultdict
@@ -61,11 +62,65 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         new.rename(path)
 
 
+_HELD: dict[Path, IO] = {}  # the locks of this process
+
+
+def hold(lock: Path) -> None:
+    """Lock the file LOCK for this process until `release` or its end, however it ends; a second call changes nothing.
+
+    Raises BlockingIOError, which names the other process, where one holds it, and OSError where its folder cannot be
+    written: each before any work.
+    """
+    import fcntl  # here alone: Windows has none
+
+    if (lock := lock.resolve()) in _HELD:
+        return
+    with writing(lock.parent):
+        file = lock.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            what = lock.parent if lock.stem == lock.name else lock.with_suffix("")
+            raise BlockingIOError(
+                f"{what} is in use, running already in {holder}: wait for it, stop it, or take another output"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    _HELD[lock] = file
+
+
+def release(lock: Path) -> None:
+    """Give back a lock of this process."""
+    if file := _HELD.pop(lock.resolve(), None):
+        file.close()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make FOLDER, and test that it can be written; errors of the system become one sentence that names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"expected a folder that can be written, got {folder} ({error.strerror or error}): make room or mend its "
+            "rights, or take another (the parameter output, CODALIB_RUNS, CODALIB_REPORTS)"
+        ) from error
+
+
 def read_json(path: str | Path) -> Any:
     """The contents of a JSON file; a broken one raises ValueError with its name."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is not a JSON file ({error}): remove it and run its stage again.") from error
 
 

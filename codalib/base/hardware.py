@@ -1,11 +1,22 @@
-"""The machine: processor, memory, devices, and the precision it is fast in."""
+"""The machine: processor, memory, devices, the precision it is fast in, and how many threads it has free."""
 
+import logging
+import math
 import os
 import platform
-import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+THREADS = "CODALIB_THREADS"  # in the environment: a fixed number, or "auto" (not set: OMP_NUM_THREADS, else "auto")
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}  # GNU's and Intel's OpenMP
+SAMPLE_SECONDS = 0.25  # over which the load of others is measured at a start
+SLOW, SLOW_STEPS = 3.0, 3  # times the fastest step, and so many such steps in a row: the threads are chosen anew
 
 
 def machine() -> dict[str, Any]:
@@ -14,9 +25,8 @@ def machine() -> dict[str, Any]:
     lines = _cpuinfo().splitlines()
     processor = platform.processor() or platform.machine()
     processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    found = {"processor": processor, "cores": cores, "memory_bytes": memory, "gpu": _gpu("get_device_name")}
+    found = {"processor": processor, "cores": usable_cores(), "memory_bytes": memory, "gpu": _gpu("get_device_name")}
     return found | {"bfloat16": has_bfloat16() if "torch" in sys.modules else None}
 
 
@@ -48,5 +58,108 @@ def _gpu(query: str) -> Any:
 
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
+    import resource  # here alone: Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+def usable_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the quota of its cgroup, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = _quota()
+    return max(1, min(cores, math.ceil(quota / period))) if quota > 0 and period > 0 else cores
+
+
+def _quota() -> tuple[float, float]:
+    """Microseconds of processor time in a period of so many (cgroup version 2, then 1); a quota of -1: no limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+            return (-1.0, 1.0) if quota == "max" else (float(quota), float(period))
+        return tuple(float((group / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    except OSError:
+        return -1.0, 1.0
+
+
+def fixed_threads() -> int | None:
+    """What CODALIB_THREADS, or else OMP_NUM_THREADS, fixes; None: the number is chosen. ValueError for no number."""
+    name = THREADS if os.environ.get(THREADS) else "OMP_NUM_THREADS"
+    value = os.environ.get(name, "").split(",")[0].strip()  # OpenMP takes a list, one number a nested level
+    if value == ("auto" if name == THREADS else ""):
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"expected a whole number of at least 1 in {name}, got {value!r}: correct or unset it")
+    return int(value)
+
+
+def set_threads() -> int:
+    """Set the OpenMP variables of this process and those it starts, before torch is loaded, and return the number.
+
+    Threads that spin while they wait make a step many times slower as soon as another process wants a core: they sleep
+    instead, and there are as many as cores are free now. A result is the same bit for bit only with the same number.
+    """
+    for name, value in PASSIVE.items():
+        os.environ.setdefault(name, value)
+    number = fixed_threads()
+    if number is None:
+        os.environ[THREADS] = "auto"  # what is set next is our choice and fixes nothing
+        meter = LoadMeter()
+        time.sleep(SAMPLE_SECONDS)
+        number = meter.free_cores()
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    return number
+
+
+class LoadMeter:
+    """Measures how many cores other processes have used since it was made."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def _read(self) -> tuple[float, float, float]:
+        """The clock, and processor seconds of all processes on this one's cores and of this one with its children."""
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        cores = [core for number, core in enumerate(psutil.cpu_times(percpu=True)) if number in allowed]
+        busy = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in cores)
+        own = psutil.Process()
+        times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
+        return time.monotonic(), busy, sum(one.user + one.system for one in times)
+
+    def others(self) -> float:
+        """Cores that others have kept busy, on average."""
+        before, now = self._start, self._read()
+        seconds = max(now[0] - before[0], 1e-3)
+        return max(0.0, (now[1] - before[1] - (now[2] - before[2])) / seconds)
+
+    def free_cores(self) -> int:
+        """At least 1; a core that others use for less than a quarter of the time counts as free."""
+        return max(1, usable_cores() - math.ceil(self.others() - 0.25))
+
+
+class ThreadWatch:
+    """Chooses torch's threads anew where steps become several times slower than the fastest, unless they are fixed."""
+
+    def __init__(self) -> None:
+        self._meter: LoadMeter | None = None
+        self._fixed, self._best, self._slow = fixed_threads() is not None, math.inf, 0
+
+    def step(self, seconds: float) -> None:
+        """Tell of one step's duration."""
+        import torch  # here alone, as above
+
+        self._best = min(self._best, seconds)
+        if self._fixed or seconds <= SLOW * self._best:
+            self._slow, self._meter = 0, None
+            return
+        self._slow, self._meter = self._slow + 1, self._meter or LoadMeter()
+        if self._slow < SLOW_STEPS:
+            return
+        before, number = torch.get_num_threads(), self._meter.free_cores()
+        if number != before:
+            torch.set_num_threads(number)
+            words = "a step takes %.2f s, the fastest took %.2f s, and others use %.1f cores: %d threads instead of %d"
+            log.warning(words, seconds, self._best, self._meter.others(), number, before)
+        self._slow, self._meter = 0, None

@@ -1,6 +1,7 @@
 """Where things lie: the project, its runs, its reports, its embedded data."""
 
 import os
+import tempfile
 from pathlib import Path
 
 MANIFEST = "manifest.json"  # in the folder of a run
@@ -44,6 +45,32 @@ def project_folder() -> Path:
 def runs_folder(name: str | Path = "") -> Path:
     """The folder NAME of checkpoints and results, below `$CODALIB_RUNS` or `runs/`; an absolute NAME is kept."""
     return Path(os.environ.get("CODALIB_RUNS") or project_folder() / "runs") / name
+
+
+HOMES = {  # variable -> folder of a library that else writes below HOME
+    "XDG_CACHE_HOME": "cache",
+    "NUMBA_CACHE_DIR": "cache/numba",
+    "MPLCONFIGDIR": "matplotlib",
+    "IPYTHONDIR": "ipython",
+    "JUPYTER_RUNTIME_DIR": "jupyter",
+}
+
+
+def move_home() -> None:
+    """Where HOME is missing or cannot be written (containers), let libraries keep their files below `runs_folder()`.
+
+    What is set already stays; a HOME that can be read keeps its name.
+    """
+    home = os.environ.get("HOME", "")
+    try:
+        with tempfile.TemporaryFile(dir=home or os.devnull):
+            return
+    except OSError:
+        place = runs_folder(".home").resolve()
+    for variable, name in HOMES.items():
+        os.environ.setdefault(variable, str(place / name))
+    if not os.path.isdir(home):
+        os.environ["HOME"] = str(place)
 
 
 def reports_folder(name: str | Path = "") -> Path:

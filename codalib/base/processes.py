@@ -19,6 +19,7 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
 
     Raises ValueError for more processes than GPUs; an error in any process ends all of them and is raised here.
     """
+    check_environment()
     gpus = torch.cuda.device_count()
     if processes < 1 or (gpus and processes > gpus):
         raise ValueError(f"processes is {processes}, expected 1 to {gpus or 'any number'}: one a GPU of this machine")
@@ -49,12 +50,35 @@ def _work(rank: int, function: Callable[..., None], arguments: tuple, processes:
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # of the OMP_NUM_THREADS that it inherits
     try:
         function(*arguments)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def check_environment() -> None:
+    """Read what a batch system says of this process's place: alone, a lone LOCAL_RANK or RANK is taken away.
+
+    Raises ValueError where several processes are told of and they could not find each other.
+    """
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    found = {name: os.environ[name] for name in sizes if os.environ.get(name)}
+    wrong = {name: value for name, value in found.items() if not value.isdecimal() or value == "0"}
+    several = {name: value for name, value in found.items() if value != "1"}
+    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if wrong or (several and missing):
+        absent = ", ".join(missing) or "such number"
+        told = ", ".join(f"{name}={value}" for name, value in (wrong or several).items())
+        raise ValueError(
+            f"expected one process, or several with {', '.join(needed)}, got {told} and no {absent}: "
+            "start one task and set the notebook's `processes`, or start with torchrun"
+        )
+    if not several:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
 
 
 def make_accelerator() -> Accelerator:
@@ -63,4 +87,5 @@ def make_accelerator() -> Accelerator:
     It knows no precision, since accelerate holds one for the whole life of a process, and a notebook fits a quantizer
     in float32, trains in bfloat16 and measures in float32: `autocast` is each loop's own.
     """
+    check_environment()
     return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())

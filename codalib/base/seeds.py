@@ -1,12 +1,23 @@
 """Seeds: one stride between the seeds of runs, processes and views, and one generator a sample."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SEED_STRIDE = 1_000_003  # between two seeds' families: more than a run has samples, a data set images, a step processes
+SEEDS = 2**32  # seeds are below it: NumPy's bound
 
 
-def sample_generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that is no whole number from 0 to 2**32 - 1."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+        raise ValueError(f"expected a whole number from 0 to {SEEDS - 1} as seed, got {seed!r}: take one of these")
+
+
+def sample_generators(seed: int, numbers: Sequence[int]) -> "list[torch.Generator]":
     """One generator a sample, from a run's seed and the sample's number in it; on the CPU, for every device."""
-    return [torch.Generator().manual_seed(seed * SEED_STRIDE + number) for number in numbers]
+    import torch  # here alone: what checks a seed needs no torch
+
+    return [torch.Generator().manual_seed((seed * SEED_STRIDE + number) % 2**64) for number in numbers]

@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from codalib.base.hardware import set_threads
+
 COMMANDS = {  # name -> (module and function in codalib.tools, what it does)
     "run": ("run.main", "run a notebook, or every stage of a profile, and write the report"),
     "fetch": ("fetch.main", "download pretrained weights, or say where each file belongs"),
@@ -32,4 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(arguments[:1]).command
     module, function = COMMANDS[command][0].split(".")
+    if command != "run":  # which chooses for each notebook, when it starts
+        try:
+            set_threads()
+        except ValueError as error:
+            parser.error(str(error))
     return getattr(importlib.import_module(f"codalib.tools.{module}"), function)(arguments[1:]) or 0

@@ -1,6 +1,7 @@
 """Run one notebook, or every stage of a profile: `codalib run [notebooks/NAME.ipynb] --profile PROFILE`."""
 
 import argparse
+import json
 import logging
 import os
 import subprocess
@@ -8,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from codalib.base.hardware import THREADS
 from codalib.base.paths import project_folder, reports_folder, runs_folder
 from codalib.workflow.execute import execute, keep_checked_outputs
 from codalib.workflow.profiles import StageError, profile_path
@@ -24,7 +24,7 @@ def run_profile(profile: str) -> int:
     """
     profile_path(profile)  # an unknown one stops here, with the known ones named
     command = [sys.executable, "-m", "snakemake", "--cores", "all", "--nolock", "--rerun-incomplete"]
-    command += ["--quiet", "rules", "host", "reason", "--config", f"profile={profile}"]
+    command += ["--quiet", "rules", "host", "reason", "--config", f"profile={json.dumps(profile)}"]
     status = subprocess.run(command, cwd=project_folder(), check=False).returncode
     if not status:
         log.info("The results: %s", os.path.relpath(reports_folder(profile) / "index.html"))
@@ -37,7 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("notebook", type=Path, nargs="?", help="one notebook; without it every stage of the profile")
     parser.add_argument("--profile", default="smoke", help="a name in profiles/ (smoke)")
     parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, as YAML"
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="one parameter, read as the type that the notebook declares (None or null: none)",
+    )
+    parser.add_argument(
+        "--threads", type=int, help=f"so many threads, as {THREADS} sets; otherwise what cores are free"
     )
     parser.add_argument("--keep-checked", action="store_true", help="then put the checked cells' outputs into NOTEBOOK")
     options = parser.parse_args(arguments)
@@ -45,14 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("-p and --keep-checked are for one notebook, expected its path")
     if options.keep_checked and (options.profile != "smoke" or options.p):
         parser.error("--keep-checked is for the notebook's own defaults, expected the profile smoke and no -p")
+    if options.threads is not None:
+        os.environ[THREADS] = str(options.threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_MININTERVAL", "1")
     try:
         if options.notebook is None:
             return run_profile(options.profile)
-        page = execute(options.notebook, options.profile, {name: yaml.safe_load(value) for name, value in options.p})
-    except (StageError, OSError) as error:
+        page = execute(options.notebook, options.profile, texts=dict(options.p))
+    except (StageError, OSError, ValueError) as error:
         log.error("%s", error)
         return getattr(error, "status", 1)
     if options.keep_checked:

@@ -19,7 +19,7 @@ from codalib.models.maskgit import Condition, MaskGIT
 from codalib.models.masks import sample_mask
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.settings import EncodingSettings, MaskGITSettings
-from codalib.training.trainer import Stage, Trainer
+from codalib.training.trainer import Stage, Trainer, checksum
 
 SCORED_ROWS = 16_384  # masked tokens whose logits are held at once in validation
 
@@ -67,7 +67,7 @@ class MaskGITStage(Stage):
             )
         self.parallel = self.accelerator.prepare(self.model)
         inputs = {"tokens": [train.fingerprint, val.fingerprint], "encoder": text}
-        inputs["start"] = None if start is None else [float(p.double().abs().sum()) for p in start.parameters()]
+        inputs["start"] = None if start is None else checksum(*start.parameters())
         self.trainer = Trainer(settings, folder, self.accelerator, self.model, {"generator": optimizer}, **inputs)
 
     def condition(self, batch: dict[str, Any]) -> Condition:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from codalib.base.seeds import check_seed
 from codalib.datasets.token_cache import CacheSettings, TokenCache
 from codalib.models.adapters import ADAPTED_LAYERS
 from codalib.models.library_quantizers import LIBRARY_KINDS
@@ -45,6 +46,7 @@ class LoopSettings:
         for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        check_seed(self.seed)
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"expected precision 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
 

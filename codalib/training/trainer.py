@@ -1,11 +1,13 @@
 """The one training loop: seeded steps, schedule, clipping, averages, log, checkpoints, resume.
 
 A `Stage` computes named loss terms and takes the optimiser steps; the `Trainer` does the rest. All
-randomness of step s is a function of (seed, s), so a resumed run equals an uninterrupted one bit for bit.
+randomness of step s is a function of (seed, s), so a resumed run equals an uninterrupted one bit for bit
+on the same machine with the same number of threads; with another number sums round differently.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -18,14 +20,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from codalib.base.files import read_json, write_json
-from codalib.base.hardware import has_bfloat16
+from codalib.base.files import atomic_write, read_json, write_json
+from codalib.base.hardware import ThreadWatch, has_bfloat16
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE
 from codalib.models.checks import check_finite
@@ -35,6 +39,8 @@ log = logging.getLogger(__name__)
 
 
 KEPT_CHECKPOINTS = 2
+LOG = "log.jsonl"
+DIGESTS = "sha256sums.txt"  # in a checkpoint, of its other files; `sha256sum -c` reads it
 
 
 def learning_rate_factor(step: int, settings: LoopSettings) -> float:
@@ -102,8 +108,6 @@ class Trainer:
         inputs["processes"] = accelerator.num_processes  # the batch is shared by all of them
         self.checkpoints = self.folder / "checkpoints" / settings.fingerprint(**inputs)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in self.checkpoints.glob("*.part"):
-            shutil.rmtree(leftover)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.ema = (
             RampedEMA(self.trainable.values(), ema_ramp, decay=settings.ema, update_after_step=settings.ema_start)
@@ -130,6 +134,7 @@ class Trainer:
 
     def _train(self, stage: Stage, description: str) -> None:
         main, started, before = self.accelerator.is_main_process, time.monotonic(), self.seconds
+        watch = ThreadWatch() if self.accelerator.num_processes == 1 else None
         writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step) if main else None
         stream = stage.batches(self.step * self.settings.accumulation)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=description, disable=not main, mininterval=2.0)
@@ -141,7 +146,10 @@ class Trainer:
             for name, optimizer in self.optimizers.items():
                 for group, base in zip(optimizer.param_groups, self.base_rates[name], strict=True):
                     group["lr"] = base * rate
+            began = time.monotonic()
             terms = stage.train_step(micro_batches, self.step)
+            if watch:
+                watch.step(time.monotonic() - began)
             if self.ema:
                 self.ema.step(self.trainable.values())
             self.step += 1
@@ -192,49 +200,67 @@ class Trainer:
             self.ema.restore(parameters)
 
     def _log(self, row: dict[str, float], writer: SummaryWriter) -> None:
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / LOG, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 2), **row}) + "\n")
         for name, value in row.items():
             writer.add_scalar(name, value, self.step)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
+    def found(self) -> list[Path]:
+        """The checkpoints of these settings and inputs by their steps, whatever the clock said."""
+        return sorted(self.checkpoints.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
+
     def newest(self) -> Path | None:
-        found = sorted(self.checkpoints.glob("step-*[0-9]"))
-        return found[-1] if found else None
+        return next(reversed(self.found()), None)
 
     def save(self) -> None:
-        """Write a checkpoint under another name, then rename it: a killed process leaves the older ones whole."""
+        """Write a checkpoint under another name, then rename it: a killed process leaves the older ones whole.
+
+        Raises OSError where it cannot be written, the older ones untouched.
+        """
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
         final = self.checkpoints / f"step-{self.step:08d}"
         partial = final.with_suffix(".part")
-        partial.mkdir()
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in self.trainable.items()}, partial / "trainable.safetensors"
-        )
-        for name, module in self.companions.items():
-            save_file(
-                {n: v.detach().cpu().contiguous() for n, v in module.state_dict().items()},
-                partial / f"{name}.safetensors",
-            )
-        for name, optimizer in self.optimizers.items():
-            save_file(_optimizer_tensors(optimizer), partial / f"optimizer_{name}.safetensors")
-        if self.ema:
-            shadow = {n: v.cpu().contiguous() for n, v in zip(self.trainable, self.ema.shadow_params, strict=True)}
-            save_file(shadow, partial / "averaged.safetensors")
-        settings = dataclasses.asdict(self.settings)
-        write_json(partial / "state.json", {"step": self.step, "seconds": self.seconds, "settings": settings})
-        for path in partial.iterdir():
-            _flush(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            self._write(partial)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {self.step} could not be written ({error}): make room in {self.folder} and "
+                f"run again; it goes on from {self.newest() or 'its start'}"
+            ) from error
         os.replace(partial, final)
-        for old in sorted(self.checkpoints.glob("step-*[0-9]"))[:-KEPT_CHECKPOINTS]:
+        for old in self.found()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        files = {"trainable": self.trainable}
+        files |= {name: module.state_dict() for name, module in self.companions.items()}
+        files |= {f"optimizer_{name}": _optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
+        if self.ema:
+            files["averaged"] = dict(zip(self.trainable, self.ema.shadow_params, strict=True))
+        for name, tensors in files.items():
+            save_file({n: v.detach().cpu().contiguous() for n, v in tensors.items()}, folder / f"{name}.safetensors")
+        settings = dataclasses.asdict(self.settings)
+        write_json(folder / "state.json", {"step": self.step, "seconds": self.seconds, "settings": settings})
+        digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        (folder / DIGESTS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+        for path in folder.iterdir():
+            _flush(path)
+
     def resume(self) -> None:
-        """Take up the newest checkpoint of the same settings, if there is one, and cut the log behind it."""
-        newest = self.newest()
+        """Take up the newest whole checkpoint of the same settings and inputs, if there is one, and the log up to it.
+
+        A damaged checkpoint is put aside as step-N.damaged and the one before it taken; ValueError where all are
+        damaged. The log of a run of other settings is put aside into that run's own folder of checkpoints.
+        """
+        place: list[Path | None] = [self._newest_whole() if self.accelerator.is_main_process else None]
+        newest = broadcast_object_list(place)[0]
         if newest is not None:
             state = read_json(newest / "state.json")
             self.step, self.seconds = state["step"], state["seconds"]
@@ -249,7 +275,56 @@ class Trainer:
                 self.ema.optimization_step = self.step
             log.info("resumed from %s", newest)
         if self.accelerator.is_main_process:
-            _cut_log(self.folder / "log.jsonl", self.step)
+            self._take_log()
+
+    def _newest_whole(self) -> Path | None:
+        damaged = []
+        for path in reversed(self.found()):
+            damage = _damage(path)
+            if damage is None:
+                break
+            damaged.append(path)
+            log.warning("%s is damaged (%s): passed over", path, damage)
+        else:
+            if damaged:
+                raise ValueError(
+                    f"expected a whole checkpoint in {self.checkpoints}, got {len(damaged)} damaged: restore one, or "
+                    "remove that folder to train from the start"
+                )
+            return None
+        for one in damaged:
+            aside = one.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            one.rename(aside)
+        return path
+
+    def _take_log(self) -> None:
+        """Make the folder's log and curves this run's: another run's are moved to its checkpoints, ours brought back.
+
+        Nothing is lost: rows behind the checkpoint are written again by the same steps, and where there is no
+        checkpoint the old log stays under another name.
+        """
+        everyone, ours = self.checkpoints.parent, self.checkpoints.name
+        marker, path = everyone / "log-of.txt", self.folder / LOG
+        owner = marker.read_text().strip() if marker.exists() else ours if self.step else "unknown"
+        if owner != ours:
+            for name in (LOG, "tensorboard"):
+                if (self.folder / name).exists():
+                    log.warning("%s is of other settings or inputs: moved to %s", self.folder / name, everyone / owner)
+                    _move(self.folder / name, everyone / owner / name)
+                if (self.checkpoints / name).exists():
+                    _move(self.checkpoints / name, self.folder / name)
+        with atomic_write(marker) as file:
+            file.write(ours)
+        if not path.exists():
+            return
+        rows = read_log(self.folder)
+        if self.step:
+            with atomic_write(path) as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step)
+        else:
+            log.warning("no checkpoint of the run that wrote %s: it starts again, and its log is kept beside", path)
+            _move(path, path.with_name("log-old.jsonl"))
 
 
 class TrainingLog(list[dict[str, float]]):
@@ -257,9 +332,24 @@ class TrainingLog(list[dict[str, float]]):
 
 
 def read_log(folder: str | Path) -> TrainingLog:
-    """The log.jsonl of a stage's folder; empty where there is none yet."""
-    path = Path(folder) / "log.jsonl"
-    return TrainingLog(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else TrainingLog()
+    """The log.jsonl of a stage's folder; empty where there is none yet.
+
+    A torn last line, which a killed process leaves, is passed over with a warning; ValueError for one elsewhere.
+    """
+    path, rows = Path(folder) / LOG, TrainingLog()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif number == len(lines):
+            log.warning("%s: the last line is torn and is passed over", path)
+        elif line.strip():
+            raise ValueError(f"{path}, line {number}: expected a row of a log, got {line[:60]!r}: remove the line")
+    return rows
 
 
 class RampedEMA(EMAModel):
@@ -274,10 +364,11 @@ class RampedEMA(EMAModel):
         return super().get_decay(self.update_after_step + 1 + since // self.ramp) if since > 0 else 0.0
 
 
-def _cut_log(path: Path, step: int) -> None:
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows if step))
+def _move(source: Path, target: Path) -> None:
+    """Rename SOURCE to TARGET, or to TARGET with the first free number where that is taken."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    numbered = (target.with_stem(f"{target.stem}-{n}") for n in itertools.count(2))
+    source.rename(next(path for path in itertools.chain([target], numbered) if not path.exists()))
 
 
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor], where: Path) -> None:
@@ -312,7 +403,36 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None: nothing. Without digests (older ones) only torn files are seen."""
+    try:
+        if (checkpoint / DIGESTS).exists():
+            lines = [line.partition("  ") for line in (checkpoint / DIGESTS).read_text().splitlines()]
+            listed = {name: digest for digest, _, name in lines}
+            files = {path.name for path in checkpoint.iterdir()} - {DIGESTS}
+            if odd := [
+                name for name in sorted(files | listed.keys()) if _digest(checkpoint / name) != listed.get(name)
+            ]:
+                return f"the SHA-256 of {', '.join(odd)} is not that of {DIGESTS}"
+        else:
+            read_json(checkpoint / "state.json")
+            for path in checkpoint.glob("*.safetensors"):
+                with safe_open(path, "pt"):
+                    pass
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
 def checksum(*tensors: Tensor) -> str:
-    """Changes when the tensors do: their shapes and two sums, enough to tell runs apart."""
-    parts = [(tuple(t.shape), t.double().sum().item(), t.double().abs().sum().item()) for t in tensors]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    """Changes when a bit of the tensors, their shapes or types do, and with nothing else: 16 hex digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

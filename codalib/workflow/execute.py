@@ -4,24 +4,26 @@ The profile's section for the notebook is checked against the notebook's paramet
 then runs it into `runs/PROFILE/NAME.ipynb`, its progress shown here, and the page goes to `reports/PROFILE/NAME.html`.
 """
 
-import fcntl
 import logging
+import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
-from codalib.base.files import atomic_write
+from codalib.base.files import atomic_write, hold, release, writing
+from codalib.base.hardware import set_threads
 from codalib.base.paths import MissingPart, reports_folder, runs_folder
 from codalib.reporting.pages import notebook_page
 from codalib.reporting.tables import clock
-from codalib.workflow.parameters import declared_parameters, notebook_values
+from codalib.workflow.parameters import declared_parameters, notebook_values, parsed
 from codalib.workflow.profiles import StageError, profile_section
 
 log = logging.getLogger(__name__)
@@ -36,8 +38,25 @@ TEXT_PROGRESS = (
 )
 
 
-def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None, page: Path | None = None) -> Path:
+class _OwnKernel(AsyncKernelManager):
+    """The kernel of this very interpreter: a kernelspec of the name python3 may be a site's own, of another Python."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+
+def execute(
+    path: Path,
+    profile: str,
+    given: Mapping[str, Any] | None = None,
+    page: Path | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
     """Run the notebook PATH under PROFILE with the values GIVEN on top, and return its page.
+
+    TEXTS are further values as typed on the command line, read as the types that the notebook declares.
 
     The page is reports/PROFILE/NAME.html unless PAGE names another, outside of profiles.
 
@@ -52,23 +71,31 @@ def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None, pa
     own = {"output": f"{profile}/{name}", "profile": profile}
     own = {key: value for key, value in own.items() if key in declared_parameters(notebook)}
     try:
-        parameters = notebook_values(notebook, own, profile_section(profile, name), dict(given or {}))
+        parameters = notebook_values(
+            notebook, own, profile_section(profile, name), {**(given or {}), **parsed(notebook, texts or {})}
+        )
     except ValueError as error:
         raise StageError(f"{path}, profile {profile}: {error}") from error
 
-    executed = runs_folder(profile) / path.name
-    executed.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the run's folder: runs of one notebook into two folders do not meet.
+    place = runs_folder(parameters.get("output", f"{profile}/{name}"))
+    executed, lock = place.with_name(f"{place.name}.ipynb"), place.with_name(f"{place.name}.lock")
+    final, page = page, page or reports_folder(profile) / f"{name}.html"
+    hold(lock)
+    with writing(page.parent):
+        threads = set_threads()
     progress = _Progress(name, notebook)
-    log.info("%s: started, profile %s", name, profile)
+    log.info("%s: started, profile %s, threads: %d", name, profile, threads)
     started = time.monotonic()
     try:
-        with _alone(executed.with_suffix(".lock")), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the execution environment, not about the run
             result = papermill.execute_notebook(
-                str(path),
-                str(executed),
+                _literal(path),
+                _literal(executed),
                 parameters,
-                kernel_name="python3",  # the kernel of this very environment
+                kernel_name="python3",
+                kernel_manager_class=_OwnKernel,
                 language="python",
                 progress_bar=False,
                 stdout_file=progress,
@@ -85,14 +112,20 @@ def execute(path: Path, profile: str, given: Mapping[str, Any] | None = None, pa
             "take a smaller batch or close other programs, then run again: it goes on from its last checkpoint.",
             DEAD_KERNEL,
         ) from None
+    finally:
+        release(lock)
     home, footer = (
-        ("../index.html", f"Notebook {name}.") if page else ("index.html", f"Notebook {name}, profile {profile}.")
+        ("../index.html", f"Notebook {name}.") if final else ("index.html", f"Notebook {name}, profile {profile}.")
     )
-    page = page or reports_folder(profile) / f"{name}.html"
     with atomic_write(page) as file:
         file.write(notebook_page(result, name, home=home, footer=footer))
     log.info("%s: finished in %s", name, clock(time.monotonic() - started))
     return page
+
+
+def _literal(path: Path) -> str:
+    """PATH as papermill takes it, which fills in names in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def keep_checked_outputs(path: Path, executed: Path) -> None:
@@ -108,17 +141,6 @@ def keep_checked_outputs(path: Path, executed: Path) -> None:
                 output.execution_count = number
     with atomic_write(path) as file:
         nbformat.write(notebook, file)
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold LOCK, which the system gives back when this process ends however it ends; StageError if another holds it."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageError(f"{lock.stem} is running already in another process: wait for it, or stop it.") from None
-        yield
 
 
 class _Progress:

@@ -10,17 +10,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from codalib.base.files import _plain, write_json
+from codalib.base.files import _plain, hold, release, write_json
 from codalib.base.hardware import _gpu, machine, peak_memory
 from codalib.base.paths import MANIFEST, project_folder, runs_folder
+from codalib.base.seeds import check_seed
 
 RESULTS = ("tables", "figures", "metrics", "claims")  # what a stage may hand to the report
+LOCK = ".lock"  # in the folder of a run
 FILES = ("file", "png", "svg", "gif")  # keys of a result that name files
 LIBRARIES = ("codalib", "torch", "torchvision", "diffusers", "peft", "accelerate", "timm", "torchmetrics", "numpy")
 
 
 class Run:
     """One run of a notebook in its own folder, recorded in `manifest.json` from its first second on.
+
+    The folder belongs to this process until `finish` or its end: BlockingIOError where another process holds it, and
+    OSError where it cannot be written.
 
     Args:
         output: the run's folder, below `runs_folder()` unless absolute; it is made.
@@ -34,7 +39,8 @@ class Run:
         self, output: str | Path, notebook: str, parameters: Mapping[str, Any], seed: int, *settings: Any
     ) -> None:
         self.folder = runs_folder(output)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_seed(seed)
+        hold(self.folder / LOCK)
         self._clock = time.monotonic()
         self.manifest = {
             "notebook": notebook,
@@ -72,6 +78,7 @@ class Run:
             "results": _plain(results),
         }
         write_json(self.folder / MANIFEST, self.manifest)
+        release(self.folder / LOCK)
         return self.manifest
 
     def _has(self, name: str) -> bool:

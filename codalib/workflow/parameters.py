@@ -23,7 +23,7 @@ import pandas as pd
 
 from codalib.base.files import PLAIN
 from codalib.workflow.profiles import StageError
-from codalib.workflow.types import advice, convert, spell
+from codalib.workflow.types import advice, convert, parse, spell
 
 SETTINGS = "settings"  # the parameter that takes fields of dataclasses by name
 IPYTHON_NAMES = {"In", "Out"}
@@ -72,6 +72,13 @@ def notebook_values(notebook: nbformat.NotebookNode, *layers: Mapping[str, Any])
         values |= _merged(layer, loose, values.get(SETTINGS, {}))
     validate(hints, values, loose)
     return values
+
+
+def parsed(notebook: nbformat.NotebookNode, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Values typed on the command line as the types that the notebook declares; what cannot be one stays a text."""
+    hints, loose = declared_types(notebook)
+    types_of = loose | hints
+    return {name: parse(text, _evaluated(types_of.get(name, str))) for name, text in texts.items()}
 
 
 def resolved_values(notebook: nbformat.NotebookNode, *layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,8 +192,7 @@ def validate(
             if name not in hints:
                 problems.append(_unknown(name, declared, loose, what))
                 continue
-            hint = hints[name]
-            hint = eval(hint, dict(vars(typing))) if isinstance(hint, str) else hint
+            hint = _evaluated(hints[name])
             try:
                 into[name] = convert(value, hint)
             except TypeError:
@@ -199,6 +205,11 @@ def validate(
     if problems:
         raise ValueError("; ".join(problems))
     return values
+
+
+def _evaluated(hint: Any) -> Any:
+    """A type, from its written form where it is one."""
+    return eval(hint, dict(vars(typing))) if isinstance(hint, str) else hint
 
 
 def _unknown(name: str, declared: Iterable[str], loose: Iterable[str], what: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from codalib.base.paths import MissingPart, project_folder
+from codalib.workflow.types import PlainLoader
 
 EXTENDS, STAGES = "extends", "stages"  # keys of a profile that name no notebook
 OWN = "PROFILE/"  # in a value: the profile that runs
@@ -100,7 +101,14 @@ def _sections(profile: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
 
 
 def _read(profile: str) -> dict[str, Any]:
-    return yaml.safe_load(profile_path(profile).read_text(encoding="utf-8")) or {}
+    path = profile_path(profile)
+    try:
+        contents = yaml.load(path.read_text(encoding="utf-8"), PlainLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StageError(f"{path}: expected YAML, got {' '.join(str(error).split())}: put texts in quotes") from error
+    if not isinstance(contents, dict):
+        raise StageError(f"{path}: expected notebooks with their values, got {contents!r}")
+    return contents
 
 
 def _filled(value: Any, profile: str) -> Any:

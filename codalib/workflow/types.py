@@ -4,6 +4,8 @@ import types
 import typing
 from typing import Any
 
+import yaml
+
 
 def convert(value: Any, hint: Any) -> Any:
     """VALUE as HINT: the value itself, an int as float, a list as tuple; TypeError where it is neither."""
@@ -46,6 +48,78 @@ def convert(value: Any, hint: Any) -> Any:
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     raise TypeError
+
+
+def parse(text: str, hint: Any) -> Any:
+    """TEXT, typed on the command line, as HINT; what is no such value comes back for `convert` to refuse.
+
+    A text is taken as it stands; numbers may be written 1e3; None, null and ~ are None where the type allows it; lists,
+    tuples and mappings are YAML, their items read by their own types.
+    """
+    for option in _options(hint):
+        value = _parsed(text, option)
+        try:
+            return convert(value, option)
+        except TypeError:
+            continue
+    return value
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types of a union, None first and text last, which takes anything."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return sorted(typing.get_args(hint) if union else (hint,), key=lambda one: (one is str) - (one is type(None)))
+
+
+def _parsed(text: str, hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is typing.Literal:
+        return next((option for option in arguments if str(option) == text), text)
+    if hint in (None, type(None)):
+        return None if text.strip().lower() in ("none", "null", "~", "") else text
+    if hint is bool:
+        return {"true": True, "yes": True, "false": False, "no": False}.get(text.strip().lower(), text)
+    if hint in (int, float):
+        try:
+            number = float(text)
+            return number if hint is float else int(text) if text.strip().lstrip("+-").isdecimal() else _whole(number)
+        except ValueError:
+            return text
+    if origin in (list, tuple, dict) or hint is Any:
+        return _items(_yaml(text), hint)
+    return text
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number.is_integer() else number
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, PlainLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def _items(value: Any, hint: Any) -> Any:
+    """The texts in a YAML value (1e-4 is one) as the types of their places."""
+    arguments = typing.get_args(hint)
+    if isinstance(value, list) and arguments:
+        hints = arguments if len(arguments) == len(value) and ... not in arguments else arguments[:1] * len(value)
+        return [_items(item, one) for item, one in zip(value, hints, strict=True)]
+    if isinstance(value, dict) and arguments:
+        return {key: _items(item, arguments[-1]) for key, item in value.items()}
+    return parse(value, hint) if isinstance(value, str) and hint not in (Any, list, tuple, dict) else value
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML in which a date is text: a folder may be named 2026-11-26."""
+
+
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def spell(hint: Any) -> str:

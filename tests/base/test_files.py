@@ -1,12 +1,17 @@
-"""Folders are replaced whole; digests of files follow their bytes."""
+"""Locks end with their process; folders are replaced whole; digests of files follow their bytes."""
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from codalib.base import files
-from codalib.base.files import atomic_folder, file_digest
+from codalib.base.files import atomic_folder, file_digest, hold, release, writing
+from codalib.workflow.manifest import Run
 
 
 @pytest.fixture
@@ -72,3 +77,42 @@ def test_two_writers_of_a_folder_leave_each_others_files_alone(tmp_path):
         (third / "weights").write_text(3)
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["first"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+HOLDER = """import sys, time
+from codalib.workflow.manifest import Run
+run = Run(sys.argv[1], "stage", {}, 0)
+print("held", flush=True)
+time.sleep(60)"""
+
+
+def test_a_run_keeps_its_folder_from_other_processes_until_it_ends(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(
+            BlockingIOError, match=rf"run is in use, running already in process {holder.pid} on \S+: wait"
+        ):
+            Run(tmp_path / "run", "stage", {}, 0)
+        Run(tmp_path / "other", "stage", {}, 0).finish()  # another folder is free
+        os.kill(holder.pid, signal.SIGKILL)
+    Run(tmp_path / "run", "stage", {}, 0)
+    Run(tmp_path / "run", "stage", {}, 0).finish()  # a notebook's cell run again
+
+
+def test_a_lock_is_given_back(tmp_path):
+    hold(tmp_path / "a.lock")
+    release(tmp_path / "a.lock")
+    release(tmp_path / "a.lock")
+    hold(tmp_path / "a.lock")
+    release(tmp_path / "a.lock")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(OSError, match=r"expected a folder that can be written, got .*run \("):
+            Run(place, "stage", {}, 0)
+        with pytest.raises(OSError, match="make room or mend its rights"), writing(place):
+            pass

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from codalib.base.processes import launch
+from codalib.base.processes import check_environment, launch, make_accelerator
 
 
 def write_number(folder):
@@ -36,3 +36,43 @@ def test_an_error_in_a_process_is_raised_here():
         launch(fail, 2)
     with pytest.raises(ValueError, match="processes is 0"):
         launch(fail, 0)
+
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # restored at the end, whatever the code took away
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"LOCAL_RANK": "0"}, {"WORLD_SIZE": "1", "RANK": "0"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}],
+)
+def test_one_process_is_alone_whatever_a_batch_system_left(environment, variables):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    check_environment()
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "got WORLD_SIZE=2 and no RANK, MASTER_ADDR, MASTER_PORT: start one task",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "got SLURM_STEP_NUM_TASKS=4 and no RANK"),
+        ({"WORLD_SIZE": "two"}, "got WORLD_SIZE=two"),
+    ],
+)
+def test_several_processes_that_cannot_find_each_other_are_one_sentence(environment, variables, words):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        make_accelerator()

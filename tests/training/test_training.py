@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +13,10 @@ from codalib.evaluation.reconstruction import evaluate
 from codalib.models.checkpoints import load_vae
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.training.quantizer import fit_quantizer
+from codalib.training.quantizer import fit_quantizer, outline
 from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import train_and_save, train_tokenizer
-from codalib.training.trainer import RampedEMA, learning_rate_factor, read_log
+from codalib.training.trainer import RampedEMA, Trainer, checksum, learning_rate_factor, read_log
 from codalib.training.vae import pretrain_vae
 
 SCALES = (1, 2, 4, 8)
@@ -54,8 +57,6 @@ def test_every_named_term_is_logged(trained):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_path, monkeypatch):
-    from codalib.training.trainer import Trainer
-
     update, calls = Trainer.update, []
 
     def interrupted(self, *arguments, **keywords):
@@ -76,8 +77,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_pat
 
 
 def test_a_finished_run_is_not_trained_again(trained, vae, images, monkeypatch):
-    from codalib.training.trainer import Trainer
-
     monkeypatch.setattr(Trainer, "update", lambda *a, **k: pytest.fail("trained again"))
     again = state(train_tokenizer(SMALL, vae, *images, trained[1]))
     assert all(torch.equal(value, again[name]) for name, value in state(trained[0]).items())
@@ -205,3 +204,158 @@ def test_the_averages_ramp_counts_every_second_step_as_the_releases_does():
     assert RampedEMA([weight], 1, decay=0.9999).get_decay(3) == 3 / 12
     late = RampedEMA([weight], 2, decay=0.9999, update_after_step=10)
     assert [late.get_decay(step) for step in (10, 12, 13)] == [0, 0, 2 / 11]
+
+
+# --- resuming: nothing is lost, damage is seen ------------------------------------------------------------------------
+LOOP = QuantizerSettings(
+    steps=4, batch_size=4, codebook_size=8, scales=(1, 2), ema=0.0, log_every=1, checkpoint_every=1
+)
+
+
+def fit(folder, latents=None, **changes):
+    latents = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0)) if latents is None else latents
+    quantizer = fit_quantizer(dataclasses.replace(LOOP, **changes), latents, folder)
+    return quantizer.state_dict()
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A folder whose run stopped after step 3 of 4, with the checkpoints of 2 and 3; and what the whole run gives."""
+    whole = fit(tmp_path / "whole")
+    update = Trainer.update
+
+    def interrupted(self, *arguments):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        update(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run")
+    monkeypatch.undo()
+    return tmp_path / "run", whole
+
+
+def steps_of(folder):
+    return [row["step"] for row in read_log(folder)]
+
+
+def test_a_checksum_is_of_bits_and_not_of_sums():
+    x = torch.tensor([1.0, 2.0, 3.0])
+    assert checksum(x) == checksum(x.clone()) != checksum(x[[1, 0, 2]])  # of one sum
+    assert checksum(x) != checksum(x.reshape(1, 3))
+    assert checksum(torch.tensor(1.0), x.bfloat16(), torch.zeros(0)) == checksum(
+        torch.tensor(1.0), x.bfloat16(), torch.zeros(0)
+    )
+    many = torch.randn(300_001, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        found = {}
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found[threads] = checksum(many)
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found.values())) == 1
+
+
+def test_the_last_bits_of_latents_do_not_make_another_run(stopped):
+    latents = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    fit(stopped[0], latents + 1e-7)
+    assert len(list(stopped[0].glob("checkpoints/*/"))) == 1
+    assert outline(latents) != outline(latents.flip(0))
+
+
+def test_a_log_is_never_emptied(stopped, caplog):
+    folder, whole = stopped
+    fit(folder, learning_rate=0.1)  # other settings: the old log is moved, and said so
+    assert steps_of(folder) == [1, 2, 3, 4]
+    assert "is of other settings or inputs: moved to" in caplog.text
+    assert sorted(map(len, (path.read_text().splitlines() for path in folder.rglob("log.jsonl")))) == [3, 4]
+    assert same(fit(folder), whole)  # the first settings again: their log comes back
+    assert steps_of(folder) == [1, 2, 3, 4]
+    assert sum(len(path.read_text().splitlines()) for path in folder.rglob("log.jsonl")) == 8
+    for checkpoint in folder.glob("checkpoints/*/step-*"):
+        shutil.rmtree(checkpoint)
+    fit(folder)
+    assert steps_of(folder) == [1, 2, 3, 4]
+    assert len((folder / "log-old.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_torn_last_line_of_the_log_is_passed_over_and_another_is_named(stopped, caplog):
+    folder, whole = stopped
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 4, "sec')
+    assert same(fit(folder), whole)
+    assert "the last line is torn" in caplog.text
+    assert steps_of(folder) == [1, 2, 3, 4]
+    log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: expected a row of a log"):
+        read_log(folder)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path):
+    path.write_bytes(path.read_bytes()[:-3] + bytes([path.read_bytes()[-3] ^ 1]) + path.read_bytes()[-2:])
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("name", ["trainable.safetensors", "state.json", "sha256sums.txt"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(stopped, caplog, damage, name):
+    if (damage, name) == (Path.unlink, "sha256sums.txt"):
+        pytest.skip("a checkpoint of an older version, which had no digests")
+    folder, whole = stopped
+    older, newest = sorted(folder.glob("checkpoints/*/step-*"))
+    os.utime(older, (2e9, 2e9))  # the clock was set back since
+    damage(newest / name)
+    assert same(fit(folder), whole)
+    assert "step-00000003 is damaged" in caplog.text
+    assert steps_of(folder) == [1, 2, 3, 4]
+
+
+def test_damage_to_every_checkpoint_is_one_sentence(stopped):
+    folder, _ = stopped
+    for checkpoint in folder.glob("checkpoints/*/step-*"):
+        flip(checkpoint / "trainable.safetensors")
+    before = (folder / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*, got 2 damaged: restore one"):
+        fit(folder)
+    assert (folder / "log.jsonl").read_text() == before
+
+
+def test_a_checkpoint_without_digests_is_taken_and_still_seen_where_it_is_torn(stopped, caplog):
+    folder, whole = stopped
+    for digests in folder.rglob("sha256sums.txt"):
+        digests.unlink()
+    truncate(max(folder.rglob("trainable.safetensors")))
+    assert same(fit(folder), whole)
+    assert "step-00000003 is damaged" in caplog.text
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_whole(stopped, monkeypatch):
+    folder, whole = stopped
+    before = sorted(folder.rglob("step-*"))
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("codalib.training.trainer.save_file", full)
+    with pytest.raises(OSError, match=r"step 4 could not be written .*No space left.*it goes on from .*step-00000003"):
+        fit(folder)
+    monkeypatch.undo()
+    assert sorted(folder.rglob("step-*")) == before
+    assert same(fit(folder), whole)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 1.5, True])
+def test_a_seed_out_of_range_is_one_sentence(seed):
+    with pytest.raises(ValueError, match=r"expected a whole number from 0 to 4294967295 as seed, got"):
+        LoopSettings(steps=1, batch_size=1, seed=seed)

@@ -1,6 +1,9 @@
 import fcntl
+import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -8,13 +11,14 @@ import pytest
 from nbformat import v4
 
 from codalib.base.files import read_json
-from codalib.base.paths import project_folder, runs_folder
+from codalib.base.paths import HOMES, project_folder, runs_folder
 from codalib.tools.run import main
 from codalib.workflow import execute as runner
 from codalib.workflow.dependencies import library_files
 from codalib.workflow.parameters import declared_parameters
 from codalib.workflow.profiles import StageError, profile_section
 
+HOLD = "import sys, pathlib; from codalib.base.files import hold; hold(pathlib.Path(sys.argv[1]))"
 PARAMETERS = 'output: str = "smoke/stage"  # folder\nsteps: int = 2  # steps\nlabel: str = "a=b"  # words'
 CHECK = """from codalib.workflow.manifest import Run
 from codalib.workflow.parameters import check_parameters
@@ -177,3 +181,79 @@ def test_a_notebook_keeps_the_outputs_of_its_checked_cells_only(project):
     assert all(not cell.outputs and not cell.execution_count for cell in kept.cells[:-1] if cell.cell_type == "code")
     with pytest.raises(SystemExit):
         main([str(path), "--keep-checked", "-p", "steps", "3"])
+
+
+def test_the_kernel_is_of_this_interpreter_whatever_is_named_python3_and_without_a_home(project, monkeypatch):
+    site = project / "jupyter" / "kernels" / "python3"
+    site.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Site", "language": "python"}
+    (site / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(project / "jupyter"))
+    path = write_notebook(project, CHECK, f"import sys\nassert sys.executable == {sys.executable!r}\nrun.finish()")
+    environment = {name: value for name, value in os.environ.items() if name not in {"HOME", *HOMES}}
+    code = (
+        "import sys; from pathlib import Path; import codalib.workflow.profiles as p\n"
+        "p.project_folder = lambda: Path(sys.argv[1])\nfrom codalib.tools.run import main\n"
+        "sys.exit(main([*sys.argv[2:], '--profile', 'tiny', '--threads', '1']))"
+    )
+    command = [sys.executable, "-c", code, str(project), str(path)]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert read_json(runs_folder("tiny/stage/manifest.json"))["state"] == "finished"
+    assert "threads: 1" in shown.stderr
+
+
+@pytest.mark.parametrize("output", ["2026-11-26", "a: b", "a #b", "{steps} {x}", "a b"])
+def test_a_folder_of_any_name_takes_a_run(project, monkeypatch, output):
+    seen = {}
+
+    def run(source, target, parameters, **rest):
+        seen.update(parameters, source=source.format(), target=target.format())
+        return v4.new_notebook()
+
+    monkeypatch.setattr(runner.papermill, "execute_notebook", run)
+    path = write_notebook(project)
+    assert main([str(path), "--profile", "tiny", "-p", "output", output, "-p", "steps", "1e1"]) == 0
+    assert seen["output"] == output
+    assert seen["steps"] == 10
+    assert seen["target"] == str(project / "runs" / f"{output}.ipynb")
+    quoted = json.dumps(output) if output != "2026-11-26" else output
+    (project / "profiles" / "tiny.yaml").write_text(f"stage:\n  output: {quoted}\n")
+    assert main([str(path), "--profile", "tiny"]) == 0
+    assert seen["output"] == output
+
+
+def test_two_runs_of_one_notebook_into_two_folders_do_not_meet(project, monkeypatch):
+    path = write_notebook(project)
+    inner = []
+
+    def run(source, target, parameters, **rest):
+        if not inner:
+            inner.append("other")
+            other = subprocess.run(
+                [sys.executable, "-c", HOLD, str(project / "runs" / "two.lock")], capture_output=True, text=True
+            )
+            assert other.returncode == 0
+            same = subprocess.run(
+                [sys.executable, "-c", HOLD, str(project / "runs" / "one.lock")], capture_output=True, text=True
+            )
+            assert f"one is in use, running already in process {os.getpid()} on " in same.stderr
+        return v4.new_notebook()
+
+    monkeypatch.setattr(runner.papermill, "execute_notebook", run)
+    assert main([str(path), "--profile", "tiny", "-p", "output", "one"]) == 0
+    assert inner
+
+
+def test_a_broken_profile_and_a_folder_that_cannot_be_written_are_one_sentence(project, caplog, monkeypatch):
+    path = write_notebook(project)
+    (project / "profiles" / "tiny.yaml").write_text("stage:\n  output: a: b\n")
+    assert main([str(path), "--profile", "tiny"]) == 1
+    assert "tiny.yaml: expected YAML, got mapping values are not allowed here" in caplog.text
+    (project / "profiles" / "tiny.yaml").write_text("")
+    for name in ("CODALIB_RUNS", "CODALIB_REPORTS"):
+        monkeypatch.setenv(name, "/proc/x")
+        caplog.clear()
+        assert main([str(path), "--profile", "tiny"]) == 1
+        assert "expected a folder that can be written, got /proc/x/tiny" in caplog.text
+        monkeypatch.setenv(name, str(project / "out"))

@@ -20,6 +20,7 @@ from codalib.workflow.parameters import (
     settings_table,
     validate,
 )
+from codalib.workflow.types import parse
 
 PARAMETERS_CELL = """
 steps: int = 3  # training steps
@@ -260,3 +261,40 @@ def test_settings_with_a_gap_or_a_stranger_raise():
         settings_from(Settings, {"rate": 1.0})
     with pytest.raises(ValueError, match="expected fields of Settings, got speed"):
         settings_from(Settings, {"steps": 1}, speed=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "expected"),
+    [
+        ("1e3", int, 1000),
+        ("-3", int, -3),
+        ("9007199254740993", int, 9007199254740993),
+        ("1e-4", float, 1e-4),
+        ("None", int | None, None),
+        ("null", str | None, None),
+        ("2026-11-26", str, "2026-11-26"),
+        ("null", str, "null"),
+        ("1e3", str, "1e3"),
+        ("/a: b #c {d}", str, "/a: b #c {d}"),
+        ("3", str | None, "3"),
+        ("true", bool, True),
+        ("No", bool, False),
+        ("rms", Literal["rms", "layer"], "rms"),
+        ("[1, 2]", tuple[int, ...], (1, 2)),
+        ("[1e-4, 2]", list[float], [1e-4, 2.0]),
+        ("{a: 2026-11-26}", dict[str, str], {"a": "2026-11-26"}),
+        ("{rate: 1e-4, name: 2026-11-26}", dict, {"rate": "1e-4", "name": "2026-11-26"}),
+    ],
+)
+def test_a_text_of_the_command_line_is_read_as_the_declared_type(text, hint, expected):
+    value = parse(text, hint)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("1.5", int), ("None", int), ("1", bool), ("{", dict), ("nan", int), ("inf", int), ("x", float)]
+)
+def test_a_text_of_another_type_is_refused_in_one_sentence(text, hint):
+    with pytest.raises(ValueError, match=r"expected .* for `name`, got"):
+        validate({"name": hint}, {"name": parse(text, hint)})
