@@ -1,61 +1,156 @@
 """The statistics behind a verdict on a claim, and means over seeds."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr  # the distribution function of Student's t
+from numpy.typing import ArrayLike
 
-from codalib.experiments.paper import CLAIMS
+from codalib.experiments.paper import CLAIMS, SMALLEST_GAINS
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
-SIGNIFICANCE = 0.05
-SEEDS_FOR_A_TEST = 3  # below this the seeds are only compared in sign
-TEST = "one-sided t-test"
+HOLDS, FAILS, UNDECIDED, NOT_TESTED = "holds", "does not hold", "undecided", "not tested"
+SIGNIFICANCE = 0.05  # of two-sided tests
+SEEDS_FOR_A_TEST = 3
+DRAWS = 100_000  # of the bootstrap
 SPREAD_SUFFIX = "_std"
 
 
+def resampled_means(gains: ArrayLike, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Means (draws,) of paired gains as other seeds and other images would give them.
+
+    Args:
+        gains: (seeds,), or (seeds, groups), a group being images that belong together, as those of one concept.
+
+    Groups are resampled with repetition. So few seeds as three to five, resampled, give intervals that are too short;
+    their mean is drawn from Student's t distribution instead, whose tails allow for the few.
+    """
+    table = np.asarray(gains, dtype=float)
+    table = table[:, None] if table.ndim == 1 else table
+    seeds, groups = table.shape
+    rng = np.random.default_rng(seed)
+    deviation = table.mean(axis=1).std(ddof=1) / np.sqrt(seeds)
+    means = table.mean() + deviation * rng.standard_t(seeds - 1, draws)
+    if groups > 1:
+        around = table.mean(axis=0) - table.mean()
+        for part in np.array_split(means, max(1, draws * groups // 10**7)):  # views: at most 80 MB of counts at once
+            part += rng.multinomial(groups, [1 / groups] * groups, len(part)) @ around / groups
+    return means
+
+
+def p_value(means: np.ndarray, value: float) -> float:
+    """The two-sided p of resampled means against a value; at least one over their number."""
+    tail = min((means <= value).mean(), (means >= value).mean())
+    return float(min(1.0, max(2 * tail, 1 / len(means))))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment of p-values for their number: all that stay below a level hold together at that level."""
+    order = np.argsort(p_values)
+    scaled = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(scaled))
+    return adjusted.tolist()
+
+
+def smallest_gain(part: str) -> float:
+    """The smallest gain of interest of a part: that of the metric before its colon. Unknown ones raise ValueError."""
+    metric = part.partition(":")[0]
+    if metric not in SMALLEST_GAINS:
+        raise ValueError(f"expected a part of {', '.join(SMALLEST_GAINS)}, got {metric!r}")
+    return SMALLEST_GAINS[metric]
+
+
+def decide(mean: float, low: float, high: float, smallest: float) -> str:
+    """The verdict on one part: its mean gain and interval against nothing and against the smallest gain of interest.
+
+    It holds where the gain is above 0 beyond chance and at least the smallest of interest; it does not hold where a
+    gain of interest is excluded.
+    """
+    if low > 0 and mean >= smallest:
+        return HOLDS
+    return FAILS if high < smallest or high <= 0 else UNDECIDED
+
+
 def claim_verdict(
-    claim: str, improvements: Sequence[float], effect: str, margin: float = 0.0, detail: str = "", setting: str = ""
-) -> dict[str, str]:
+    claim: str,
+    parts: Mapping[str, ArrayLike],
+    effect: str,
+    detail: str = "",
+    setting: str = "",
+    not_tested: str = "",
+) -> dict[str, Any]:
     """The verdict on a claim of the paper, computed from what the runs measured.
 
     Args:
         claim: an id of `paper.CLAIMS`.
-        improvements: one number a seed, positive where the claim's direction was found; of a claim in several parts the
-            smallest of its parts.
+        parts: "METRIC" or "METRIC: what is compared" -> paired gains, (seeds,) or (seeds, groups) as in
+            `resampled_means`, in the unit of `paper.SMALLEST_GAINS`, positive in the claim's direction. The claim holds
+            where every part does, and does not where one does not.
         effect: the measured effect in words and numbers.
-        margin: a mean improvement no larger than this, either way, decides nothing.
         detail: what else a reader should know.
         setting: of a claim that is judged more than once, what this time is, such as "at the paper's setting".
+        not_tested: why this run cannot test the claim, and what would; the verdict is then "not tested".
 
-    From three seeds on, a one-sided t-test of the improvements against 0 decides (p < 0.05); below that, all seeds must
-    agree. Returns {"id", "setting", "verdict", "effect", "detail"} for `Run.finish`.
+    Below three seeds the verdict is "not tested". Returns {"id", "setting", "verdict", "p": two-sided, before Holm's
+    correction, None where nothing is tested, "parts": each one's gain, interval and verdict, "effect", "detail"}.
     """
     if claim not in CLAIMS:
         raise ValueError(f"expected a claim of {', '.join(CLAIMS)}, got {claim!r}")
-    values = np.asarray(improvements, dtype=float)
-    if not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"expected a finite improvement for each seed of claim {claim!r}, got {list(improvements)}")
-    if len(values) >= SEEDS_FOR_A_TEST and not np.allclose(values, values[0]):
-        count = len(values)
-        statistic = values.mean() / (values.std(ddof=1) / math.sqrt(count))
-        chance = {"better": stdtr(count - 1, -statistic), "worse": stdtr(count - 1, statistic)}
-        better, worse = chance["better"] < SIGNIFICANCE, chance["worse"] < SIGNIFICANCE
-        how = f"{count} seeds, {TEST}, p = {min(chance.values()):.2g}."
-    else:
-        better, worse = (values > 0).all(), (values <= 0).all()
-        how = f"{len(values)} seeds, no test." if len(values) > 1 else "One seed, so its spread is not known."
-    decided = abs(values.mean()) > margin or not margin
-    verdict = HOLDS if better and decided else FAILS if worse and decided else UNDECIDED
-    detail = f"{detail} {how}".strip()
-    return {"id": claim, "setting": setting, "verdict": verdict, "effect": effect, "detail": detail}
+    tables = {name: np.asarray(gains, dtype=float) for name, gains in parts.items()}
+    if not tables or not all(table.size and np.isfinite(table).all() for table in tables.values()):
+        raise ValueError(f"expected finite gains for each part of claim {claim!r}, got {dict(parts)}")
+    found = {"id": claim, "setting": setting, "effect": effect}
+    seeds = min(map(len, tables.values()))
+    if seeds < SEEDS_FOR_A_TEST or not_tested:
+        why = not_tested or f"{seeds} seed{'s' * (seeds > 1)}; a test takes {SEEDS_FOR_A_TEST}."
+        return found | {"verdict": NOT_TESTED, "p": None, "parts": {}, "detail": f"{detail} {why}".strip()}
+    judged = {name: _judge(gains, smallest_gain(name)) for name, gains in tables.items()}
+    verdicts = [part["verdict"] for part in judged.values()]
+    verdict = FAILS if FAILS in verdicts else HOLDS if set(verdicts) == {HOLDS} else UNDECIDED
+    p = 1.0
+    if verdict == HOLDS:  # all of them, so the largest
+        p = max(part["p"] for part in judged.values())
+    elif verdict == FAILS:  # one of several, so Bonferroni's
+        p = min(1.0, len(judged) * min(part["p"] for part in judged.values() if part["verdict"] == FAILS))
+    why = f"{seeds} seeds; {_in_words(judged, verdict)}."
+    return found | {"verdict": verdict, "p": p, "parts": judged, "detail": f"{detail} {why}".strip()}
 
 
-def tested(result: Mapping[str, str]) -> bool:
-    """Whether a test over seeds is behind a verdict of `claim_verdict`; else it only compares signs."""
-    return TEST in result.get("detail", "")
+def _judge(gains: np.ndarray, smallest: float) -> dict[str, Any]:
+    means = resampled_means(gains)
+    low, high = np.quantile(means, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
+    verdict = decide(gains.mean(), low, high, smallest)
+    p = p_value(means, smallest if verdict == FAILS else 0.0)
+    interval = [float(low), float(high)]
+    return {"gain": float(gains.mean()), "interval": interval, "smallest": smallest, "p": p, "verdict": verdict}
+
+
+def _in_words(judged: Mapping[str, Mapping[str, Any]], verdict: str) -> str:
+    """The part that decides: of those with the claim's own verdict the least certain, or the surest that fails."""
+    decisive = [item for item in judged.items() if item[1]["verdict"] == verdict]
+    name, part = (min if verdict == FAILS else max)(decisive, key=lambda item: item[1]["p"])
+    low, high = part["interval"]
+    which = f"of {len(judged)} parts {name} decides" if len(judged) > 1 else name
+    return f"{which}: gain {part['gain']:.3g}, 95 % from {low:.3g} to {high:.3g}, p = {part['p']:.2g}"
+
+
+def corrected(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same verdicts after Holm's correction over all that were tested; what falls becomes undecided and says so.
+
+    Each gains "adjusted_p". A verdict of an older record, without a p, is not tested.
+    """
+    tested = [i for i, claim in enumerate(claims) if claim.get("p") is not None]
+    adjusted = dict(zip(tested, holm([claims[i]["p"] for i in tested]), strict=True))
+    rows = []
+    for i, claim in enumerate(claims):
+        row = dict(claim) | {"adjusted_p": adjusted.get(i)}
+        if i not in adjusted:
+            row["verdict"] = NOT_TESTED
+        elif row["verdict"] != UNDECIDED and adjusted[i] >= SIGNIFICANCE:
+            row["detail"] = f"{row['detail']} Not beyond chance after Holm's correction (p = {adjusted[i]:.2g})."
+            row["verdict"] = UNDECIDED
+        rows.append(row)
+    return rows
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]], by: Sequence[str] = ("method",)) -> list[dict[str, Any]]:

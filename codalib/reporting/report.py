@@ -17,18 +17,18 @@ import pandas as pd
 from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.paths import MANIFEST, project_folder, reports_folder, runs_folder
 from codalib.experiments.paper import CLAIMS, COLUMNS, PAPER, Claim
-from codalib.experiments.statistics import FAILS, HOLDS, UNDECIDED, tested
+from codalib.experiments.statistics import FAILS, HOLDS, NOT_TESTED, UNDECIDED, corrected
 from codalib.reporting import pages
 from codalib.reporting.tables import clock, html_table, markdown_table, number, readable, size
 
 log = logging.getLogger(__name__)
 
 
-UNTESTED = "†"  # marks a verdict without a test behind it
 VERDICTS = {  # verdict -> its CSS class, and how one and several claims are said to have come out
     HOLDS: ("holds", "holds", "hold"),
     FAILS: ("fails", "does not hold", "do not hold"),
     UNDECIDED: ("undecided", "is undecided", "are undecided"),
+    NOT_TESTED: ("quiet", "is not tested", "are not tested"),
 }
 PAPERS = "fig", "table"  # how the notebooks of the paper's figures and tables are named
 OTHER_PAGES = {"bench": "Time and memory of the quantizers."}  # in reports/, of no profile
@@ -106,15 +106,15 @@ def build_index() -> Path:
         name, manifests = page.parent.name, page.parent / MANIFEST
         stages = read_json(manifests) if manifests.exists() else []
         stages = [stage for stage in stages if "notebook" in stage] if isinstance(stages, list) else []
-        claims = [claim for stage in stages for claim in stage.get("results", {}).get("claims", [])]
-        verdicts, untested = [claim["verdict"] for claim in claims], sum(not tested(claim) for claim in claims)
+        claims = corrected([claim for stage in stages for claim in stage.get("results", {}).get("claims", [])])
+        verdicts = [claim["verdict"] for claim in claims]
         counts = [f"{verdicts.count(v)} {VERDICTS[v][1]}" for v in VERDICTS if v in verdicts]
         rows.append(
             {
                 "Page": f'<a href="{html.escape(name)}/index.html">{html.escape(name)}</a>',
                 "What it is": _description(name),
                 "Stages": str(len(stages) or ""),
-                "Verdicts": ", ".join(counts) + (f"; {untested} without a test" if untested else ""),
+                "Verdicts": ", ".join(counts),
                 "Last run (UTC)": max((stage["started"][:10] for stage in stages), default=""),
             }
         )
@@ -142,49 +142,42 @@ def _link(stage: Stage, folder: Path, text: str = "") -> str:
 
 def _glance(stages: Sequence[Stage]) -> str:
     """One sentence on the claims: how many were checked, and how the verdicts came out."""
-    found = [claim for stage in stages for claim in stage.results("claims")]
+    found = corrected([claim for stage in stages for claim in stage.results("claims")])
     if not found:
         return ""
     verdicts, claims = [claim["verdict"] for claim in found], len({claim["id"] for claim in found})
     counts = []
     for verdict, (style, *words) in VERDICTS.items():
         count = verdicts.count(verdict)
-        counts.append(f'<span class="{style}">{count} {words[count != 1]}</span>')
+        if count:
+            counts.append(f'<span class="{style}">{count} {words[count != 1]}</span>')
     said = (
         f"Of {claims} checked claims of the paper, {', '.join(counts)}."
         if claims == len(verdicts)
         else f"{claims} claims of the paper were checked, some in more than one setting: of {len(verdicts)} "
         f"verdicts, {', '.join(counts)}."
     )
-    return f"<p><strong>What this run found.</strong> {said}{_without_test(found)}</p>"
-
-
-def _without_test(claims: Sequence[Mapping[str, Any]]) -> str:
-    """How many of these verdicts have no test behind them, and what that means; nothing where all have one."""
-    count = sum(not tested(claim) for claim in claims)
-    if not count:
-        return ""
-    return (
-        f" Verdicts without a test ({UNTESTED}): {count}. A test takes three seeds that differ; without one a verdict "
-        "only says which way the numbers point."
-    )
+    tests = sum(claim["adjusted_p"] is not None for claim in found)
+    how = f" Each is a two-sided test at 5 %, after Holm's correction for {tests} tests." if tests else ""
+    return f"<p><strong>What this run found.</strong> {said}{how}</p>"
 
 
 def _claims(stages: Sequence[Stage], folder: Path) -> str:
     """The checked claims in the paper's order: a table of verdicts, then each; then those that no stage has checked."""
     found: dict[str, list[tuple[Stage, Mapping[str, Any]]]] = {}
-    for stage in stages:
-        for result in stage.results("claims"):
-            if result["id"] not in CLAIMS or result["verdict"] not in VERDICTS:
-                raise ValueError(f"{stage.folder / MANIFEST}: expected a known claim and verdict, got {result}")
-            found.setdefault(result["id"], []).append((stage, result))
+    pairs = [(stage, result) for stage in stages for result in stage.results("claims")]
+    for stage, result in pairs:
+        if result["id"] not in CLAIMS or result["verdict"] not in VERDICTS:
+            raise ValueError(f"{stage.folder / MANIFEST}: expected a known claim and verdict, got {result}")
+    for (stage, _), result in zip(pairs, corrected([result for _, result in pairs]), strict=True):
+        found.setdefault(result["id"], []).append((stage, result))
     if not found:
         return ""
     checked = {name: found[name] for name in CLAIMS if name in found}
     settings = sorted({result.get("setting", "") for own in checked.values() for _, result in own}, reverse=True)
     rows = []
     for name, own in checked.items():
-        verdicts = {r.get("setting", ""): _verdict(r) + ("" if tested(r) else f" {UNTESTED}") for _, r in own}
+        verdicts = {r.get("setting", ""): _verdict(r) for _, r in own}
         row = {"Claim": f'<a href="#claim-{name}">{html.escape(CLAIMS[name].title)}</a>'}
         rows.append(row | {setting.capitalize() or "As trained": verdicts.get(setting, "") for setting in settings})
     table = html_table(pd.DataFrame(rows), markup=list(rows[0]))

@@ -36,9 +36,9 @@ def profile(tmp_path, monkeypatch):
             "tables": [{"file": "t.csv", "title": "Table 1", "caption": HOSTILE}],
             "figures": [{**files, "caption": HOSTILE, "alt": 'Bars that "rise".'}],
             "claims": [
-                claim_verdict("residual_error", [0.1], "0.2 → 0.1"),
-                claim_verdict("attention_error", [-0.1], "0.1 → 0.2"),
-                claim_verdict("ladder", [0.1, -0.1], HOSTILE, detail=HOSTILE),
+                claim_verdict("residual_error", {"quantization_error": [0.5, 0.51, 0.52]}, "0.2 → 0.1"),
+                claim_verdict("attention_error", {"quantization_error": [-0.5, -0.51, -0.52]}, "0.1 → 0.2"),
+                claim_verdict("ladder", {"psnr": [0.1, -0.1, 0.2]}, HOSTILE, detail=HOSTILE),
             ],
         }
     )
@@ -70,7 +70,8 @@ def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatc
     monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
     settings = ("paper's setting", "best of its sweep")
     claims = [
-        claim_verdict("residual_error", [gain], "x", setting=s) for gain, s in zip((0.1, -0.1), settings, strict=True)
+        claim_verdict("residual_error", {"psnr": [gain, gain + 0.01, gain - 0.01]}, "x", setting=own)
+        for gain, own in zip((0.5, -0.5), settings, strict=True)
     ]
     Run("twice/table1", "table1", {}, seed=0).finish({"claims": claims})
     soup = BeautifulSoup(report.build("twice").read_text(), "html.parser")
@@ -79,21 +80,21 @@ def test_a_claim_that_is_judged_twice_says_in_which_setting(tmp_path, monkeypatc
     assert re.search(r"Holds\s+\(paper's setting\)", item)
     head, row = ([cell.get_text() for cell in line.select("th, td")] for line in soup.select("tr")[:2])
     assert head == ["Claim", "Paper's setting", "Best of its sweep"]
-    assert row == [CLAIMS["residual_error"].title, "Holds †", "Does not hold †"]
-    assert "Verdicts without a test (†): 2." in soup.get_text()
-    assert "of 2 verdicts, 1 holds, 1 does not hold, 0 are undecided" in soup.get_text()
+    assert row == [CLAIMS["residual_error"].title, "Holds", "Does not hold"]
+    assert "of 2 verdicts, 1 holds, 1 does not hold." in soup.get_text()
+    assert "after Holm's correction for 2 tests" in soup.get_text()
     assert f"Not checked in this run: {len(CLAIMS) - 1}" in soup.get_text()
 
 
-def test_verdicts_of_three_seeds_are_not_marked(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("seeds", "verdict"), [(2, "Not tested"), (3, "Holds")])
+def test_fewer_than_three_seeds_are_no_test(tmp_path, monkeypatch, seeds, verdict):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("CODALIB_REPORTS", str(tmp_path / "reports"))
-    Run("three/table1", "table1", {}, seed=0).finish(
-        {"claims": [claim_verdict("residual_error", [0.1, 0.11, 0.12], "x")]}
-    )
+    claim = claim_verdict("residual_error", {"psnr": [0.5, 0.51, 0.52][:seeds]}, "x")
+    Run("three/table1", "table1", {}, seed=0).finish({"claims": [claim]})
     soup = BeautifulSoup(report.build("three").read_text(), "html.parser")
-    assert soup.select("tr")[1].get_text(" ").split()[-1] == "Holds"
-    assert "test" not in soup.select_one("h2").find_previous("p").get_text()
+    assert soup.select("tr")[1].find_all("td")[-1].get_text() == verdict
+    assert ("two-sided test" in soup.select_one("h2").find_previous("p").get_text()) == (seeds == 3)
 
 
 def test_the_runs_numbers_stand_beside_the_papers(soup):
@@ -168,7 +169,7 @@ def test_one_page_leads_to_every_profile(soup, profile):
     }
     assert "quantizers" in lines["bench"][0]
     assert lines["smoke"][0].startswith("Every notebook as it is")
-    assert lines[profile][1:3] == ["3", "1 holds, 1 does not hold, 1 is undecided; 3 without a test"]
+    assert lines[profile][1:3] == ["3", "1 holds, 1 does not hold, 1 is undecided"]
 
 
 def test_a_verdict_that_no_rule_gives_is_refused(profile, tmp_path):

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+
+from codalib.experiments.paper import CLAIMS, SMALLEST_GAINS, gain
+from codalib.experiments.statistics import (
+    FAILS,
+    HOLDS,
+    NOT_TESTED,
+    UNDECIDED,
+    claim_verdict,
+    corrected,
+    decide,
+    holm,
+    p_value,
+    resampled_means,
+    smallest_gain,
+)
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=str)
+def test_every_rule_says_that_the_papers_own_numbers_hold(claim):
+    for part, value in claim.published_gains().items():
+        assert decide(value, value, value, smallest_gain(part)) == HOLDS, part
+    assert claim.published_gains() or claim.id in ("levels_monotone", "sparse_assignment", "codes_cover_latents")
+
+
+def test_a_gain_is_relative_for_errors_and_a_difference_else():
+    assert gain("quantization_error", 0.2, 0.05) == pytest.approx(0.75)
+    assert gain("psnr", 20.0, 21.5) == 1.5
+
+
+def test_an_interval_over_seeds_is_students():
+    gains = np.array([0.1, 0.2, 0.4])
+    low, high = np.quantile(resampled_means(gains), [0.025, 0.975])
+    half = 4.3027 * gains.std(ddof=1) / np.sqrt(3)  # t of two degrees of freedom
+    assert low == pytest.approx(gains.mean() - half, rel=0.05)
+    assert high == pytest.approx(gains.mean() + half, rel=0.05)
+    # t = 0.23333 / 0.08819 = 2.6458, two-sided: 0.118
+    assert p_value(resampled_means(gains), 0.0) == pytest.approx(0.118, abs=0.005)
+
+
+@pytest.mark.parametrize(("seed_noise", "group_noise"), [(1.0, 0.1), (0.1, 1.0), (0.5, 0.5)])
+def test_intervals_over_seeds_and_images_hold_the_truth_as_often_as_they_say(seed_noise, group_noise):
+    rng, inside, repeats = np.random.default_rng(0), 0, 300
+    for _ in range(repeats):
+        noise = rng.normal(size=(4, 1)) * seed_noise + rng.normal(size=(1, 40)) * group_noise
+        gains = 0.3 + noise + 0.3 * rng.normal(size=(4, 40))
+        low, high = np.quantile(resampled_means(gains, draws=2000), [0.025, 0.975])
+        inside += low <= 0.3 <= high
+    assert 0.91 <= inside / repeats <= 0.99
+
+
+def test_images_count_beside_seeds():
+    alike = np.tile(np.random.default_rng(0).normal(0.3, 1, 20), (3, 1))  # the seeds agree, the images do not
+    assert np.quantile(resampled_means(alike), 0.025) < 0 < np.quantile(resampled_means(alike.mean(1)), 0.025)
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.001]) == pytest.approx([0.9, 0.002])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([0.3, 0.31, 0.29], HOLDS),
+        ([-0.3, -0.31, -0.29], FAILS),
+        ([0.05, 0.051, 0.049], FAILS),  # above 0, but below what is of interest: 0.1 dB
+        ([0.3, 0.9, -0.5], UNDECIDED),
+        ([0.3, 0.3], NOT_TESTED),
+        ([0.2, 0.2, 0.2], HOLDS),
+        ([0.0, 0.0, 0.0], FAILS),
+    ],
+)
+def test_a_verdict_follows_from_the_gains(gains, verdict):
+    found = claim_verdict("residual_error", {"psnr": gains}, "effect")
+    assert found["verdict"] == verdict
+    assert (found["p"] is None) == (verdict == NOT_TESTED)
+
+
+def test_a_claim_in_parts_is_decided_part_by_part():
+    good, bad, open_ = [0.3, 0.31, 0.29], [-0.3, -0.31, -0.29], [0.3, 0.9, -0.5]
+    verdict = {
+        (a, b): claim_verdict("ladder", {"psnr: x": a, "quantization_error: y": b}, "")["verdict"]
+        for a in map(tuple, (good, bad, open_))
+        for b in map(tuple, (good, bad, open_))
+    }
+    good, bad, open_ = map(tuple, (good, bad, open_))
+    assert verdict[good, good] == HOLDS
+    assert {verdict[pair] for pair in verdict if bad in pair} == {FAILS}
+    assert verdict[good, open_] == verdict[open_, good] == verdict[open_, open_] == UNDECIDED
+
+
+def test_what_falls_under_holms_correction_is_undecided():
+    base = {"id": "ladder", "detail": "d."}
+    claims = [base | {"verdict": HOLDS, "p": 0.03}, base | {"verdict": FAILS, "p": 0.001}, base | {"verdict": HOLDS}]
+    first, second, old = corrected(claims)
+    assert (first["verdict"], second["verdict"], old["verdict"]) == (HOLDS, FAILS, NOT_TESTED)
+    assert second["adjusted_p"] == pytest.approx(0.002)
+    first, second, _ = corrected([base | {"verdict": HOLDS, "p": p} for p in (0.03, 0.02, 0.9)])
+    assert (first["verdict"], second["verdict"]) == (UNDECIDED, UNDECIDED)
+    assert "Holm" in first["detail"]
+
+
+def test_unknown_claims_parts_and_missing_numbers_raise():
+    with pytest.raises(ValueError, match=r"expected a claim of .*got 'magic'"):
+        claim_verdict("magic", {"psnr": [1.0]}, "")
+    with pytest.raises(ValueError, match=r"expected a part of .*got 'beauty'"):
+        claim_verdict("ladder", {"beauty": [1.0, 1.0, 1.0]}, "")
+    for gains in ([np.nan], []):
+        with pytest.raises(ValueError, match="expected finite gains"):
+            claim_verdict("ladder", {"psnr": gains}, "")
+    assert set(SMALLEST_GAINS) >= {part.partition(":")[0] for c in CLAIMS.values() for part in c.published_gains()}
