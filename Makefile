@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 reproduce: $(STAMP)
-	$(BIN)/codalib run --profile $(PROFILE)
+	$(BIN)/codalib run --profile $(PROFILE) --exclusive
 
 # The pictures are compared once all notebooks have drawn them.
 test: $(STAMP)

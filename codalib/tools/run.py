@@ -9,21 +9,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from codalib.base.hardware import THREADS
+from codalib.base.hardware import THREADS, fixed_threads
 from codalib.base.paths import project_folder, reports_folder, runs_folder
 from codalib.workflow.execute import execute, keep_checked_outputs
 from codalib.workflow.profiles import StageError, profile_path
 
 log = logging.getLogger(__name__)
 
+NICENESS = 15  # of a profile's run beside other work
 
-def run_profile(profile: str) -> int:
+
+def run_profile(profile: str, exclusive: bool = False) -> int:
     """Every stage of a profile that is not up to date, in Snakemake's order; returns its exit status.
 
+    By default beside a person's own work: one stage at a time, in one thread, at low priority. EXCLUSIVE takes all
+    cores.
     A lock of Snakemake's own would outlive a killed run; `workflow.execute` holds one a notebook that does not.
     """
     profile_path(profile)  # an unknown one stops here, with the known ones named
-    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--nolock", "--rerun-incomplete"]
+    cores = "all" if exclusive else "1"
+    # Snakemake sets OMP_NUM_THREADS for what it starts, which must not pass for a person's choice.
+    os.environ[THREADS] = str(fixed_threads() or ("auto" if exclusive else 1))
+    if not exclusive:
+        os.nice(NICENESS)
+    command = [sys.executable, "-m", "snakemake", "--cores", cores, "--nolock", "--rerun-incomplete"]
     command += ["--quiet", "rules", "host", "reason", "--config", f"profile={json.dumps(profile)}"]
     status = subprocess.run(command, cwd=project_folder(), check=False).returncode
     if not status:
@@ -47,10 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=int, help=f"so many threads, as {THREADS} sets; otherwise what cores are free"
     )
+    parser.add_argument("--exclusive", action="store_true", help="a whole profile on all cores, at normal priority")
     parser.add_argument("--keep-checked", action="store_true", help="then put the checked cells' outputs into NOTEBOOK")
     options = parser.parse_args(arguments)
     if options.notebook is None and (options.p or options.keep_checked):
         parser.error("-p and --keep-checked are for one notebook, expected its path")
+    if options.exclusive and options.notebook is not None:
+        parser.error("--exclusive is for a whole profile, expected no notebook")
     if options.keep_checked and (options.profile != "smoke" or options.p):
         parser.error("--keep-checked is for the notebook's own defaults, expected the profile smoke and no -p")
     if options.threads is not None:
@@ -60,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_MININTERVAL", "1")
     try:
         if options.notebook is None:
-            return run_profile(options.profile)
+            return run_profile(options.profile, options.exclusive)
         page = execute(options.notebook, options.profile, texts=dict(options.p))
     except (StageError, OSError, ValueError) as error:
         log.error("%s", error)

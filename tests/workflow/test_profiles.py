@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,7 @@ import pytest
 from nbformat import v4
 
 from codalib.experiments.paper import TABLE_2
+from codalib.tools import run
 from codalib.training.settings import TokenizerSettings
 from codalib.workflow.parameters import notebook_values, resolved_values, settings_from
 from codalib.workflow.profiles import StageError, profile_section, profile_stages
@@ -227,3 +229,20 @@ def test_every_notebook_has_its_place_in_the_order():
         if path.stem == "bench":  # `codalib bench` runs it, no profile
             continue
         assert f'"{path.stem}"' in text or f"notebooks/{path.name}" in text, path.stem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fixed", "cores", "threads", "nice"),
+    [([], None, "1", "1", 15), (["--exclusive"], None, "all", "auto", 0), (["--exclusive"], "3", "all", "3", 0)],
+)
+def test_a_profile_runs_beside_other_work_or_alone(monkeypatch, arguments, fixed, cores, threads, nice):
+    started = []
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **_: started.append(command) or Namespace(returncode=1))
+    monkeypatch.setattr(run.os, "nice", started.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", fixed or "")
+    monkeypatch.setenv("CODALIB_THREADS", "")
+    assert run.main(["--profile", "smoke", *arguments]) == 1
+    command = started[-1]
+    assert command[command.index("--cores") + 1] == cores
+    assert os.environ["CODALIB_THREADS"] == threads
+    assert [found for found in started if isinstance(found, int)] == ([nice] if nice else [])
