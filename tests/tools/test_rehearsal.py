@@ -52,7 +52,7 @@ def test_a_rehearsal_of_a_papers_profile_on_a_tiny_vae(nothing_here, monkeypatch
     assert first["adversarial_factor"] == 0 < second["adversarial_factor"]  # the ramp
     assert math.isfinite(second["val_psnr"])
     folder = nothing_here / "runs" / profile / "rehearsal"
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "rehearsal.json", "rehearsal.md"]
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["manifest.json", "rehearsal.json", "rehearsal.md"]
     assert read_json(folder / "rehearsal.json")["operations"] == found["operations"]
     assert read_json(folder / "manifest.json")["state"] == "finished"
 
