@@ -15,7 +15,7 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 TEMPLATES = Path(__file__).with_name("templates")
-PROGRESS_BAR = re.compile(r"\d+%\|")
+PROGRESS_BAR = re.compile(r"\d+%\||\d+it( \[|$)")
 CURSOR = re.compile(r"\x1b\[\d*[A-K]")  # what nested progress bars say to a terminal
 CODE_STYLES = {"light": "default", "dark": "github-dark"}
 

@@ -22,7 +22,7 @@ from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import build_perceptual
 from codalib.training.settings import SCRATCH, TokenizerSettings
-from codalib.training.trainer import Stage, Trainer, checksum
+from codalib.training.trainer import Stage, TimeLimit, Trainer, checksum
 
 
 def untrained_tokenizer(settings: TokenizerSettings, vae: ContinuousVAE) -> CodaTokenizer:
@@ -152,6 +152,7 @@ def train_tokenizer(
     val: ImageDataset,
     folder: str | Path,
     quantizer: ResidualQuantizer | None = None,
+    limit: TimeLimit | None = None,
 ) -> CodaTokenizer:
     """Adapt a continuous VAE into a discrete tokenizer with the losses of Eq. 9-11, resuming what `folder` holds.
 
@@ -159,13 +160,14 @@ def train_tokenizer(
         vae: frozen and without adapters; it is copied. With `adapters=SCRATCH` its architecture alone is taken.
         quantizer: a start for the quantizer, of the settings' kind and size (from `fit_quantizer`); None starts from
             scratch, as the paper does.
+        limit: minutes after which it may end early, see `training.trainer.TimeLimit`.
     Returns:
         The tokenizer with averaged weights, frozen.
     Raises:
         NonFiniteLoss: a term is not finite.
     """
     stage = TokenizerStage(settings, vae, train, val, folder, quantizer)
-    stage.trainer.run(stage, "tokenizer")
+    stage.trainer.run(stage, "tokenizer", limit)
     return stage.tokenizer.eval().requires_grad_(False)
 
 

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 
 KEPT_CHECKPOINTS = 2
+LATE, LATE_AFTER = 1.2, 5  # a promise is broken from this multiple of it on, known after so many steps
 LOG = "log.jsonl"
 DIGESTS = "sha256sums.txt"  # in a checkpoint, of its other files; `sha256sum -c` reads it
 
@@ -50,6 +51,34 @@ def learning_rate_factor(step: int, settings: LoopSettings) -> float:
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     low = settings.final_learning_rate
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclasses.dataclass
+class TimeLimit:
+    """Minutes promised for a training: it is said once when they cannot hold, and the training ends early or not."""
+
+    minutes: float
+    keep: str = "minutes"  # "minutes": end with the step that reaches them; "steps": go on to the last step
+    _said: bool = dataclasses.field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("minutes", "steps") or self.minutes <= 0:
+            raise ValueError(f"expected minutes above 0, and to keep 'minutes' or 'steps', got {self}")
+
+    def ends(self, seconds: float, step: int, steps: int) -> bool:
+        """Whether the training ends here, after so many seconds and STEP of STEPS steps."""
+        limit = 60 * self.minutes
+        late = step >= LATE_AFTER and seconds / step * steps > LATE * limit
+        if step < steps and not self._said and (late or seconds > limit):
+            self._said = True
+            what = (
+                f"it ends at about step {int(limit / seconds * step)} of {steps}, and a longer run goes on from there"
+                if self.keep == "minutes"
+                else "all steps are kept"
+            )
+            words = "%.1f minutes were promised for %d steps, which take about %.1f at this pace: %s"
+            log.warning(words, self.minutes, steps, seconds / step * steps / 60, what)
+        return self.keep == "minutes" and seconds > limit
 
 
 class Stage:
@@ -117,28 +146,32 @@ class Trainer:
         if self.ema:
             self.ema.to(accelerator.device)
         self.base_rates = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.ends = 0, 0.0, False
 
     # --- one run ------------------------------------------------------------------------------------------------------
 
-    def run(self, stage: Stage, description: str) -> None:
+    def run(self, stage: Stage, description: str, limit: TimeLimit | None = None) -> None:
         """Train until `settings.steps`, from the newest checkpoint on; the module ends with its averaged weights.
 
+        With a LIMIT it may end earlier, its schedule cut, with a checkpoint from which a longer run goes on.
         Raises NonFiniteLoss where a term is not finite; names the term, the step and the last good checkpoint.
         """
+        if limit and self.accelerator.num_processes > 1:
+            raise ValueError("expected one process with a limit of minutes, which each would reach at its own step")
         self.resume()
-        if self.step < self.settings.steps:
-            self._train(stage, description)
+        over = limit is not None and self.step > 0 and limit.ends(self.seconds, self.step, self.settings.steps)
+        if self.step < self.settings.steps and not over:
+            self._train(stage, description, limit)
         if self.ema:
             self.ema.copy_to(self.trainable.values())
 
-    def _train(self, stage: Stage, description: str) -> None:
+    def _train(self, stage: Stage, description: str, limit: TimeLimit | None) -> None:
         main, started, before = self.accelerator.is_main_process, time.monotonic(), self.seconds
         watch = ThreadWatch() if self.accelerator.num_processes == 1 else None
         writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step) if main else None
         stream = stage.batches(self.step * self.settings.accumulation)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=description, disable=not main, mininterval=2.0)
-        while self.step < self.settings.steps:
+        while not self.ends:
             micro_batches = [next(stream) for _ in range(self.settings.accumulation)]
             # After the batches: a loader that starts takes a number from the global generator, in a resumed run too.
             torch.manual_seed(self.settings.seed + self.step + SEED_STRIDE * self.accelerator.process_index)
@@ -154,8 +187,10 @@ class Trainer:
                 self.ema.step(self.trainable.values())
             self.step += 1
             self.seconds = before + time.monotonic() - started
+            self.ends = self.step == self.settings.steps
+            self.ends |= limit is not None and limit.ends(self.seconds, self.step, self.settings.steps)
             row = {}
-            if self.step % self.settings.log_every == 0 or self.step in (1, self.settings.steps):
+            if self.step == 1 or self._due(self.settings.log_every):
                 row = {name: value.item() for name, value in terms.items()}
                 bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
             if self._due(self.settings.evaluate_every):
@@ -171,7 +206,7 @@ class Trainer:
             writer.close()
 
     def _due(self, every: int) -> bool:
-        return self.step == self.settings.steps or bool(every and self.step % every == 0)
+        return self.ends or bool(every and self.step % every == 0)
 
     def update(
         self, loss: Tensor, terms: dict[str, Tensor], name: str, parameters: list[nn.Parameter], last: bool

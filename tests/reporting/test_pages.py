@@ -24,7 +24,7 @@ def requests_of(page):
 
 @pytest.fixture
 def notebook():
-    stream = "\r  0%|     | 0/3\r100%|#####| 3/3 [00:01]\nstep 3 done\n"
+    stream = "\r  0%|     | 0/3\r100%|#####| 3/3 [00:01]\nstep 3 done\n\rtokens: 0it [00:00, ?it/s]\rtokens: 0it\n"
     html = "<div><style scoped>td {color: red}</style><table><tr><td>7</td></tr></table></div>"
     return v4.new_notebook(
         cells=[
@@ -63,6 +63,7 @@ def test_a_notebook_page_keeps_results_and_drops_progress_bars(notebook):
     soup = BeautifulSoup(pages.notebook_page(notebook, "name"), "html.parser")
     assert soup.title.text == "A title"
     assert "step 3 done" in soup.text
+    assert "0it" not in soup.text
     assert "%|" not in soup.text
     assert soup.select_one("details.code[open] summary").text == "Parameters and their defaults"
     assert len(soup.select("details.code:not([open])")) == 2

@@ -16,7 +16,7 @@ from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer, outline
 from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import train_and_save, train_tokenizer
-from codalib.training.trainer import RampedEMA, Trainer, checksum, learning_rate_factor, read_log
+from codalib.training.trainer import RampedEMA, TimeLimit, Trainer, checksum, learning_rate_factor, read_log
 from codalib.training.vae import pretrain_vae
 
 SCALES = (1, 2, 4, 8)
@@ -359,3 +359,32 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(stopped, monkeypatch):
 def test_a_seed_out_of_range_is_one_sentence(seed):
     with pytest.raises(ValueError, match=r"expected a whole number from 0 to 4294967295 as seed, got"):
         LoopSettings(steps=1, batch_size=1, seed=seed)
+
+
+def test_a_promise_of_minutes_is_watched(caplog):
+    limit = TimeLimit(1.0)
+    assert not limit.ends(10.0, 10, 60)  # 60 s in all, as promised
+    assert not caplog.messages
+    assert not limit.ends(40.0, 20, 60)  # 120 s in all
+    assert (
+        "1.0 minutes were promised for 60 steps, which take about 2.0 at this pace: it ends at about step 30"
+        in (caplog.messages[0])
+    )
+    assert limit.ends(61.0, 31, 60)
+    assert len(caplog.messages) == 1  # said once
+    assert not TimeLimit(1.0, "steps").ends(61.0, 31, 60)
+    with pytest.raises(ValueError, match="to keep 'minutes' or 'steps'"):
+        TimeLimit(1.0, "both")
+
+
+def test_what_ends_early_goes_on_from_there(vae, images, tmp_path):
+    settings = dataclasses.replace(SMALL, steps=4, checkpoint_every=100)
+    whole = train_tokenizer(settings, vae, *images, tmp_path / "whole").state_dict()
+    early = train_tokenizer(settings, vae, *images, tmp_path / "cut", limit=TimeLimit(1e-6))
+    assert [row["step"] for row in read_log(tmp_path / "cut")] == [1]
+    assert "val_psnr" in read_log(tmp_path / "cut")[-1]
+    assert not all(torch.equal(whole[name], value) for name, value in early.state_dict().items())
+    again = train_tokenizer(settings, vae, *images, tmp_path / "cut", limit=TimeLimit(1e-6))  # nothing is left to do
+    assert all(torch.equal(early.state_dict()[name], value) for name, value in again.state_dict().items())
+    resumed = train_tokenizer(settings, vae, *images, tmp_path / "cut", limit=TimeLimit(1e-6, "steps"))
+    assert all(torch.equal(whole[name], value) for name, value in resumed.state_dict().items())
