@@ -26,15 +26,22 @@ def build_discriminator(name: str | None, weight: float = 1.0) -> FrozenFeatureD
 
 
 def real_and_fake(
-    discriminator: nn.Module, real: Tensor, fake: Tensor, generator: torch.Generator | None = None
+    discriminator: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    generator: torch.Generator | None = None,
+    maps: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits (B, N) of real and fake images (B, 3, h, w) for the discriminator's step, judged as *one* batch.
 
     In two passes the batch norm would bring each kind to the same mean and variance, and hide what tells them apart:
     on blurred against slightly noisy images, 60 steps brought the hinge loss from 1.04 to 0.98 in two passes and from
-    1.03 to 0.33 in one. No gradient reaches `fake`.
+    1.03 to 0.33 in one. No gradient reaches `fake`. `maps` are the
+    backbone's feature maps of both, where they are known already.
     """
-    real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()]), generator).split([len(real), len(fake)])
+    joined = maps and [torch.cat([one, other.detach()]) for one, other in zip(*maps, strict=True)]
+    logits = discriminator(torch.cat([real, fake.detach()]), generator, joined)
+    real_logits, fake_logits = logits.split([len(real), len(fake)])
     return real_logits, fake_logits
 
 

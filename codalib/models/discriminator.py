@@ -56,17 +56,18 @@ class FrozenFeatureDiscriminator(nn.Module):
         self.backbone = backbone
         self.heads = _synchronised(nn.ModuleList(Head(c) for c in channels))
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images in [-1, 1] (B, 3, h, w) -> logits (B, N); a CPU `generator` seeds DINO's crop of large images."""
-        readouts = self.readouts(images, generator)
+    def forward(self, images: Tensor, generator: torch.Generator | None = None, maps: list | None = None) -> Tensor:
+        """Images in [-1, 1] (B, 3, h, w) -> logits (B, N); a CPU `generator` seeds DINO's crop of large images.
+        `maps` are EfficientNet's feature maps of the images, where they are known."""
+        readouts = self.readouts(images, generator, maps)
         return torch.cat([head(tokens) for head, tokens in zip(self.heads, readouts, strict=True)], dim=1)
 
-    def readouts(self, images: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+    def readouts(self, images: Tensor, generator: torch.Generator | None, maps: list | None = None) -> list[Tensor]:
         """The frozen features as sequences: one (B, channels, tokens) for each head."""
         if isinstance(self.backbone, DinoViTS16):
             images = to_side(images, self.backbone.resolution, crop=self.training, generator=generator)
             return [(x[:, 1:] + x[:, :1]).transpose(1, 2) for x in self.backbone.tokens(images)]  # (B, 384, 196)
-        sequences = [x.flatten(2) for x in self.backbone.feature_maps(images)]
+        sequences = [x.flatten(2) for x in maps or self.backbone.feature_maps(images)]
         if sequences[-1].shape[-1] < KERNEL // 2:  # circular padding cannot go round more than once
             raise ValueError(
                 f"expected sides of at least 33 pixels for EfficientNet's heads, got {tuple(images.shape[-2:])}: use "

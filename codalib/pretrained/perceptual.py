@@ -55,15 +55,23 @@ class PerceptualEffNet(PerceptualDistance):
 
     def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:
         """Two batches in [-1, 1] (B, 3, h, w) -> distance (B,)."""
-        stages = zip(self._unit_maps(reference), self._unit_maps(reconstruction), strict=True)
+        return self.between(self.feature_maps(reference), self.feature_maps(reconstruction))
+
+    def between(self, reference: list[Tensor], reconstruction: list[Tensor]) -> Tensor:
+        """The distance (B,) of images whose `feature_maps` are known."""
+        stages = zip(map(self._unit, reference), map(self._unit, reconstruction), strict=True)
         distances = [(one - other).square().sum(dim=1).mean(dim=(1, 2)) for one, other in stages]
         return torch.stack(distances).mean(dim=0)  # (B,)
 
-    def _unit_maps(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """The network's five maps of images in [-1, 1] (B, 3, h, w)."""
         if self.resolution is not None and images.shape[-2:] != (self.resolution, self.resolution):
             images = F.interpolate(images, size=(self.resolution, self.resolution), mode="bicubic", antialias=True)
-        maps = [features.float() for features in self.network.feature_maps(images)]
-        return [m * torch.rsqrt(m.square().sum(dim=1, keepdim=True) + self.eps) for m in maps]
+        return self.network.feature_maps(images)
+
+    def _unit(self, features: Tensor) -> Tensor:
+        features = features.float()
+        return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + self.eps)
 
 
 def build_perceptual(name: str | None, weight: float = 1.0, resolution: int | None = None) -> PerceptualDistance | None:

@@ -20,9 +20,11 @@ from codalib.models.losses import discriminator_hinge, generator_hinge, reconstr
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
-from codalib.pretrained.perceptual import build_perceptual
+from codalib.pretrained.perceptual import PerceptualEffNet, build_perceptual
 from codalib.training.settings import SCRATCH, TokenizerSettings
 from codalib.training.trainer import Stage, TimeLimit, Trainer, checksum
+
+FeatureMaps = tuple[list[Tensor], list[Tensor]]  # of real images and of their reconstructions
 
 
 def untrained_tokenizer(settings: TokenizerSettings, vae: ContinuousVAE) -> CodaTokenizer:
@@ -106,32 +108,60 @@ class TokenizerStage(Stage):
     def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
         for i, batch in enumerate(micro_batches):
             images, last = batch["image"].to(self.device), i == len(micro_batches) - 1
-            terms, reconstruction = self.generator_step(images, step, last)
+            terms, reconstruction, maps = self.generator_step(images, step, last)
             if self.discriminator is not None:
-                terms |= self.discriminator_step(images, reconstruction, last)
+                terms |= self.discriminator_step(images, reconstruction, maps, last)
         return {name: torch.as_tensor(value) for name, value in terms.items()}
 
-    def generator_step(self, images: Tensor, step: int, last: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def generator_step(
+        self, images: Tensor, step: int, last: bool
+    ) -> tuple[dict[str, Tensor], Tensor, FeatureMaps | None]:
         with self.autocast():
             output = self.parallel(images)
-        terms, factors = reconstruction_terms(images, output.reconstruction, self.perceptual), {}
+        # The images' losses are differentiated by the reconstruction first, so that each frozen network is gone back
+        # through once; then all goes back through the decoder together.
+        seen = output.reconstruction.detach().requires_grad_()
+        maps, factors = self.feature_maps(images, seen), {}
+        terms = reconstruction_terms(images, seen, None if maps else self.perceptual)
+        if maps:
+            terms[self.perceptual.name] = self.perceptual.between(*maps).mean()
+        gradient = self.gradient(weighted_sum(terms, self.weights), seen)
         if self.discriminator is not None:
             with frozen(self.parallel_discriminator) as discriminator, self.autocast():
-                adversarial = generator_hinge(discriminator(output.reconstruction))
+                adversarial = generator_hinge(discriminator(seen, maps=maps and maps[1]))
+            against = self.gradient(adversarial, seen)
             # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
             where = output.quantized if self.adaptive_layer is None else self.adaptive_layer
-            adaptive = adaptive_weight(weighted_sum(terms, self.weights), adversarial, where)
+            adaptive = adaptive_weight(*((output.reconstruction * own).sum() for own in (gradient, against)), where)
             terms["adversarial"] = adversarial
             factors["adversarial"] = adaptive * ramp(step, self.settings.steps)
-        terms |= {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
-        loss = weighted_sum(terms, self.weights, factors)
+            gradient = gradient + self.weights.adversarial * factors["adversarial"] * against
+        latent = {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
+        terms |= latent
+        loss = (output.reconstruction * gradient).sum() + weighted_sum(latent, self.weights)  # its gradient is Eq. 9's
         self.trainer.update(loss, terms, "generator", self.trained, last)
-        logged = terms | {"loss": loss} | {f"{name}_factor": value for name, value in factors.items()}
-        return logged, output.reconstruction
+        whole = weighted_sum(terms, self.weights, factors)
+        logged = terms | {"loss": whole} | {f"{name}_factor": value for name, value in factors.items()}
+        return logged, output.reconstruction, maps
 
-    def discriminator_step(self, images: Tensor, reconstruction: Tensor, last: bool) -> dict[str, Tensor]:
+    def feature_maps(self, images: Tensor, reconstruction: Tensor) -> FeatureMaps | None:
+        """What the perceptual distance and the discriminator both see, where they are one network in one precision."""
+        alike = isinstance(self.perceptual, PerceptualEffNet) and self.discriminator is not None
+        if not alike or self.discriminator.name != "discriminator_effnet" or self.bfloat16:
+            return None
+        with torch.no_grad():
+            real = self.perceptual.feature_maps(images)
+        return real, self.perceptual.feature_maps(reconstruction)
+
+    @staticmethod
+    def gradient(loss: Tensor, images: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, images, retain_graph=True)[0]
+
+    def discriminator_step(
+        self, images: Tensor, reconstruction: Tensor, maps: FeatureMaps | None, last: bool
+    ) -> dict[str, Tensor]:
         with self.autocast():
-            real, fake = real_and_fake(self.parallel_discriminator, images, reconstruction)
+            real, fake = real_and_fake(self.parallel_discriminator, images, reconstruction, maps=maps)
         terms = {"discriminator": discriminator_hinge(real, fake)}
         heads = list(self.discriminator.heads.parameters())
         self.trainer.update(terms["discriminator"], terms, "discriminator", heads, last)

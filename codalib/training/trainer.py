@@ -104,9 +104,12 @@ class Stage:
 
     def autocast(self) -> torch.autocast:
         """The context of the stage's forward passes; `precision` as in `LoopSettings`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    @property
+    def bfloat16(self) -> bool:
         precision = self.settings.precision
-        wanted = has_bfloat16() if precision == "auto" else precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+        return has_bfloat16() if precision == "auto" else precision == "bfloat16"
 
 
 class Trainer:

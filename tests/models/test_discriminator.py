@@ -53,7 +53,7 @@ def test_dino_logits_and_readouts(dino, images):
     assert dino.name == "discriminator_dino"
     assert dino(images[:1]).shape == (1, 5 * 196)
     tokens = dino.backbone.tokens(features.to_side(images[:1], 224))
-    readouts = dino.readouts(images[:1])
+    readouts = dino.readouts(images[:1], None)
     torch.testing.assert_close(readouts[2][0, :, 7], tokens[2][0, 8] + tokens[2][0, 0])  # patch 7 + CLS
 
 

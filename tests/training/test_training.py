@@ -10,12 +10,15 @@ from codalib.datasets.images import load_dataset
 from codalib.evaluation.latents import encode_images
 from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
+from codalib.models.adversary import frozen
 from codalib.models.checkpoints import load_vae
 from codalib.models.checks import NonFiniteLoss
+from codalib.models.loss_weights import adaptive_weight
+from codalib.models.losses import generator_hinge, reconstruction_terms, weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer, outline
 from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
-from codalib.training.tokenizer import train_and_save, train_tokenizer
+from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer
 from codalib.training.trainer import RampedEMA, TimeLimit, Trainer, checksum, learning_rate_factor, read_log
 from codalib.training.vae import pretrain_vae
 
@@ -388,3 +391,35 @@ def test_what_ends_early_goes_on_from_there(vae, images, tmp_path):
     assert all(torch.equal(early.state_dict()[name], value) for name, value in again.state_dict().items())
     resumed = train_tokenizer(settings, vae, *images, tmp_path / "cut", limit=TimeLimit(1e-6, "steps"))
     assert all(torch.equal(whole[name], value) for name, value in resumed.state_dict().items())
+
+
+def test_shared_feature_maps_give_the_plain_losses(vae, images, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SMALL, steps=2, accumulation=1, precision="float32", ema=0.0)
+    train_tokenizer(settings, vae, *images, tmp_path / "shared")
+    monkeypatch.setattr(TokenizerStage, "feature_maps", lambda *_: None)
+    train_tokenizer(settings, vae, *images, tmp_path / "plain")
+    rows = [read_log(tmp_path / name)[-1] for name in ("shared", "plain")]
+    for name in ("loss", "adversarial", "discriminator", "adversarial_factor", "perceptual_effnet"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3), name
+
+
+def test_the_steps_gradient_is_that_of_equation_9(vae, images, tmp_path):
+    settings = dataclasses.replace(SMALL, steps=4, accumulation=1, precision="float32")
+    stage = TokenizerStage(settings, vae, *images, tmp_path, None)
+    found = {}
+    stage.trainer.update = lambda loss, *_: found.update(
+        ours=torch.autograd.grad(loss, stage.trained, retain_graph=True)
+    )
+    batch = torch.stack([images[0][i]["image"] for i in range(2)])
+    torch.manual_seed(0)
+    stage.generator_step(batch, 2, True)
+    torch.manual_seed(0)
+    output = stage.tokenizer(batch)
+    terms = reconstruction_terms(batch, output.reconstruction, stage.perceptual)
+    with frozen(stage.discriminator) as discriminator:
+        adversarial = generator_hinge(discriminator(output.reconstruction))
+    adaptive = adaptive_weight(weighted_sum(terms, stage.weights), adversarial, stage.adaptive_layer)
+    terms |= {"adversarial": adversarial, "quantization": output.quantization_loss, "entropy": output.entropy_loss}
+    loss = weighted_sum(terms, stage.weights, {"adversarial": adaptive * 0.5})  # step 2 of 4
+    for ours, plain in zip(found["ours"], torch.autograd.grad(loss, stage.trained), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5 * max(1.0, plain.abs().max().item()))
