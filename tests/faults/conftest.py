@@ -4,24 +4,33 @@ import os
 from datetime import UTC, datetime
 
 import pytest
+import stages
+from stages import PARAMETERS, Started
 
 from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.hardware import machine
 from codalib.base.paths import project_folder
 from codalib.workflow.manifest import library_versions, source_version
 
-DEFAULTS = {"KILLS": 20, "KILLS_OF_TWO": 5, "SEED": 0}
 ROWS: dict[str, dict] = {}
 INTRODUCTION = """# Faults
 
 What `make faults` did to runs in tiny settings, and how they ended. A killed run is started again until it is done; its
 files and its log (times left out) are then compared bit for bit with those of a run that nothing interrupted, each
-process in one thread. A part of the suite replaces its own lines alone: [manifest.json](manifest.json) gives each line's
-commit, date and parameters, the machine and the versions.
+process in one thread. A part of the suite replaces its own lines alone: [manifest.json](manifest.json) gives the
+commit, date and parameters of each line, the machine and the versions.
 
 | fault | expected | what happened |
 |---|---|---|
 """
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder for the runs, with the caches of tokens that MaskGIT takes."""
+    folder = tmp_path_factory.mktemp("faults")
+    assert Started(stages.make_caches, folder).finish() is None
+    return folder
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def pytest_sessionfinish(session):
         return
     folder, settings = (
         project_folder() / "reports" / "faults",
-        {n: int(os.environ.get(n, v)) for n, v in DEFAULTS.items()},
+        {n: int(os.environ.get(n, v)) for n, v in PARAMETERS.items()},
     )
     made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **source_version(), "parameters": settings}
     path = folder / "manifest.json"

@@ -1,12 +1,17 @@
 """The training stages in tiny settings, each a function of its output folder that resumes what the folder holds."""
 
 import hashlib
+import multiprocessing
 import os
+import random
+import signal
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import save
 
@@ -20,6 +25,8 @@ from codalib.training.settings import MaskGITSettings, PretrainSettings, Quantiz
 from codalib.training.trainer import read_log
 from codalib.training.vae import pretrain_vae
 
+PARAMETERS = {"KILLS": 20, "KILLS_OF_TWO": 5, "SEED": 0}  # of the environment: kills of a stage, in one process, in two
+LIMIT = 300  # s: a run that takes longer hangs
 OFTEN = {"log_every": 1, "checkpoint_every": 1}
 VAE = PretrainSettings(steps=10, batch_size=2, widths=(8, 8, 8, 8), evaluate_every=3, **OFTEN)
 QUANTIZER = QuantizerSettings(steps=60, batch_size=8, codebook_size=256, scales=(1, 2, 4, 8), **OFTEN)
@@ -43,10 +50,9 @@ def vae(folder):
         store(model, folder)
 
 
-def quantizer(folder, **changes):
+def quantizer(folder):
     latents = torch.randn(32, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    snapshots = () if changes else (0, 30)
-    store(fit_quantizer(replace(QUANTIZER, **changes), latents, folder, latents, snapshots), folder)
+    store(fit_quantizer(QUANTIZER, latents, folder, latents, (0, 30)), folder)
 
 
 def train_tokenizer(folder):
@@ -100,5 +106,41 @@ def child(function, processes, marker, output, *arguments):
     try:
         launch(begin, processes, function, marker, *arguments)
     except Exception as error:
-        print(f"\n{time.time():.0f} stopped by {type(error).__name__}: {error}", flush=True)
+        print(f"\nstopped by {type(error).__name__}: {error}", flush=True)
         sys.exit(1)
+
+
+class Started:
+    """A stage in a forked process (nothing is imported again), and in as many as it launches itself."""
+
+    def __init__(self, function, folder, processes=1):
+        beside = Path(tempfile.mkdtemp(prefix="faults-"))  # of the marker and the output: FOLDER's disk may be full
+        marker, self.output = beside / "began", beside / "output.txt"
+        arguments = (function, processes, marker, self.output, folder)
+        self.process = multiprocessing.get_context("fork").Process(target=child, args=arguments)
+        self.process.start()
+        while not marker.exists() and self.process.is_alive():
+            time.sleep(0.005)
+        self.began = time.monotonic()
+
+    def wait(self, seconds=LIMIT):
+        """Whether it ended by itself in SECONDS."""
+        self.process.join(max(0.0, seconds))
+        return not self.process.is_alive()
+
+    def kill(self, rng=random):
+        """All its processes as a power failure does, or one of those that it launched as the kernel does for memory."""
+        ranks = [p for p in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        if ranks and rng.random() < 0.5:
+            with suppress(psutil.NoSuchProcess):
+                rng.choice(ranks).kill()
+            assert self.wait(), "the others go on for ever where one process was killed"
+            return "one of the processes"
+        os.killpg(self.process.pid, signal.SIGKILL)
+        assert self.wait()
+        return "all"
+
+    def finish(self):
+        """Wait for its end; what it said last, and None where it went well."""
+        assert self.wait(), f"still running after {LIMIT} s"
+        return None if self.process.exitcode == 0 else self.output.read_text(errors="replace").splitlines()[-1]
