@@ -13,6 +13,7 @@ from codalib.base.paths import project_folder
 from codalib.workflow.manifest import library_versions, source_version
 
 ROWS: dict[str, dict] = {}
+RAN: set[str] = set()  # tests: where one failed before, that line goes
 INTRODUCTION = """# Faults
 
 What `make faults` did to runs in tiny settings, and how they ended. A killed run is started again until it is done; its
@@ -44,22 +45,22 @@ def row():
 
 
 def pytest_runtest_logreport(report):
+    name = report.nodeid.split("::")[-1]
+    RAN.add(name)
     if report.failed or report.skipped:
         reason = report.longrepr[2] if report.skipped else report.longreprtext.splitlines()[-1]
-        name = report.nodeid.split("::")[-1]
         ROWS[name] = {"expected": "a run to its end", "happened": f"{report.outcome.upper()}: {reason}"}
 
 
 def pytest_sessionfinish(session):
     if not ROWS:
         return
-    folder, settings = (
-        project_folder() / "reports" / "faults",
-        {n: int(os.environ.get(n, v)) for n, v in PARAMETERS.items()},
-    )
+    folder = project_folder() / "reports" / "faults"
+    settings = {name: int(os.environ.get(name, default)) for name, default in PARAMETERS.items()}
     made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **source_version(), "parameters": settings}
     path = folder / "manifest.json"
-    rows = (read_json(path)["faults"] if path.exists() else {}) | {name: own | made for name, own in ROWS.items()}
+    before = read_json(path)["faults"] if path.exists() else {}
+    rows = {name: own for name, own in before.items() if name not in RAN} | {n: own | made for n, own in ROWS.items()}
     write_json(path, {"versions": library_versions(), "machine": machine(), "faults": rows})
     with atomic_write(folder / "README.md") as file:
         cells = ([name, own["expected"], own["happened"]] for name, own in sorted(rows.items()))

@@ -103,11 +103,11 @@ def child(function, processes, marker, output, *arguments):
     with open(output, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
-        launch(begin, processes, function, marker, *arguments)
-    except Exception as error:
-        print(f"\nstopped by {type(error).__name__}: {error}", flush=True)
-        sys.exit(1)
+        try:
+            launch(begin, processes, function, marker, *arguments)
+        except Exception as error:
+            print(f"\nstopped by {type(error).__name__}: {error}", file=file, flush=True)
+            sys.exit(1)
 
 
 class Started:
