@@ -3,6 +3,7 @@
 #   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side, each in one thread
 #   make lab                         JupyterLab on notebooks/start_here.ipynb
 #   make bench                       time and memory of the quantizers: reports/bench/index.html; goes on where it stopped
+#   make faults [KILLS=20]       kill -9, full disks and damage at every stage, hours: reports/faults/README.md
 #   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
 #   make rehearse PROFILE=NAME       two steps of a profile's training with random weights: memory, work, hours on a GPU
 #   make notebooks                   run each as it is and keep the outputs of its checked cells, to be committed
@@ -20,7 +21,7 @@ WORKERS ?= 2
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup reproduce test lab bench fetch rehearse notebooks clean
+.PHONY: setup reproduce test lab bench faults fetch rehearse notebooks clean
 
 setup: $(STAMP)
 
@@ -48,6 +49,9 @@ lab: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/codalib bench
+
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/faults/faults_*.py
 
 fetch: $(STAMP)
 	$(BIN)/codalib fetch --profile $(PROFILE)

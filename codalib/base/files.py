@@ -43,8 +43,10 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk: the system does not say which
+            error.filename = str(path)
         raise
 
 

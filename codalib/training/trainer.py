@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from codalib.base.files import atomic_write, read_json, write_json
+from codalib.base.files import atomic_write, read_json, write_json, writing
 from codalib.base.hardware import ThreadWatch, has_bfloat16
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE
@@ -171,7 +171,8 @@ class Trainer:
     def _train(self, stage: Stage, description: str, limit: TimeLimit | None) -> None:
         main, started, before = self.accelerator.is_main_process, time.monotonic(), self.seconds
         watch = ThreadWatch() if self.accelerator.num_processes == 1 else None
-        writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step) if main else None
+        with writing(self.folder):
+            writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step) if main else None
         stream = stage.batches(self.step * self.settings.accumulation)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=description, disable=not main, mininterval=2.0)
         while not self.ends:
@@ -238,10 +239,11 @@ class Trainer:
             self.ema.restore(parameters)
 
     def _log(self, row: dict[str, float], writer: SummaryWriter) -> None:
-        with open(self.folder / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 2), **row}) + "\n")
-        for name, value in row.items():
-            writer.add_scalar(name, value, self.step)
+        with writing(self.folder):
+            with open(self.folder / LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 2), **row}) + "\n")
+            for name, value in row.items():
+                writer.add_scalar(name, value, self.step)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from codalib.base import files
-from codalib.base.files import atomic_folder, file_digest, hold, release, writing
+from codalib.base.files import atomic_folder, atomic_write, file_digest, hold, release, writing
 from codalib.workflow.manifest import Run
 
 
@@ -84,6 +84,16 @@ from codalib.workflow.manifest import Run
 run = Run(sys.argv[1], "stage", {}, 0)
 print("held", flush=True)
 time.sleep(60)"""
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/table\.csv'"),
+        atomic_write(tmp_path / "table.csv"),
+        open("/dev/full", "w") as full,
+    ):
+        full.write("x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_keeps_its_folder_from_other_processes_until_it_ends(tmp_path):

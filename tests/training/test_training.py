@@ -358,6 +358,19 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(stopped, monkeypatch):
     assert same(fit(folder), whole)
 
 
+def test_a_full_disk_under_the_log_is_one_sentence_that_names_it(stopped, monkeypatch):
+    folder, whole = stopped
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("codalib.training.trainer.SummaryWriter.add_scalar", full)
+    with pytest.raises(OSError, match=r"expected a folder that can be written, got .*run \(No space left"):
+        fit(folder)
+    monkeypatch.undo()
+    assert same(fit(folder), whole)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 1.5, True])
 def test_a_seed_out_of_range_is_one_sentence(seed):
     with pytest.raises(ValueError, match=r"expected a whole number from 0 to 4294967295 as seed, got"):
