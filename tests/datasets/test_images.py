@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -12,8 +13,17 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from codalib.base import files
-from codalib.datasets.images import EMOJI_FOLDER, DataError, evaluation_batches, load_dataset, training_batches
-from codalib.datasets.pictures import UnreadableImage, read_rgb, square, to_rgb
+from codalib.datasets.images import (
+    EMOJI_FOLDER,
+    DataError,
+    EndlessOrder,
+    ImageDataset,
+    Item,
+    evaluation_batches,
+    load_dataset,
+    training_batches,
+)
+from codalib.datasets.pictures import UnreadableImage, read_rgb, square, to_rgb, to_tensor
 
 
 def folder_of_images(root, count=3, classes=("cat", "dog"), size=(40, 30)):
@@ -483,3 +493,43 @@ def test_one_unreadable_image_does_not_end_the_training_on_a_small_set(tmp_path,
     assert 0 not in torch.cat([batch["index"] for batch in batches])
     with pytest.raises(DataError, match="1 unreadable images among the 1"):
         next(training_batches(dataset.subset([0]), 8, seed=0))
+
+
+def coordinates(height, width):
+    """A picture whose pixel at (y, x) is (x, y, 0)."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+
+
+def corners(crop):
+    return crop.getpixel((0, 0))[:2], crop.getpixel((crop.width - 1, crop.height - 1))[:2]
+
+
+def test_a_crop_is_in_the_centre_or_anywhere_with_a_generator():
+    assert corners(square(coordinates(10, 16), 10, 8, None)) == ((4, 1), (11, 8))
+    assert corners(square(coordinates(17, 10), 10, 10, None)) == ((0, 3), (9, 12))  # of 7 pixels 3 go first
+    rng = torch.Generator().manual_seed(0)
+    found = {corners(square(coordinates(10, 12), 10, 8, rng)) for _ in range(300)}
+    assert found == {((x, y), (x + 7, y + 7)) for x in range(5) for y in range(3)}
+
+
+def test_training_crops_from_a_picture_enlarged_by_an_eighth_and_black_is_minus_one():
+    stored = io.BytesIO()
+    coordinates(18, 18).save(stored, "PNG")
+    item = Item("a", 0, ("a",), stored.getvalue())
+    crops = [ImageDataset([item], ["a"], 16, random_crop=True)[0, seed]["image"] for seed in range(40)]
+    pixels = [((crop + 1) * 127.5).round().int() for crop in crops]  # 18 = 1.125 * 16: nothing was resized
+    assert {(int(p[0, 0, 0]), int(p[1, 0, 0])) for p in pixels} == set(itertools.product(range(3), range(3)))
+    assert all((p[0].diff(dim=1) == 1).all() and (p[1].diff(dim=0) == 1).all() for p in pixels)
+    assert all((crop[2] == -1).all() for crop in crops)
+    assert to_tensor(Image.new("RGB", (1, 1), (255, 0, 51)))[:, 0, 0].tolist() == pytest.approx([1, -1, -0.6])
+
+
+def test_every_epoch_has_an_order_and_crops_of_its_own():
+    endless = list(itertools.islice(EndlessOrder(12, seed=3), 60))
+    epochs = [tuple(index for index, _ in endless[at : at + 12]) for at in range(0, 60, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({*epochs, tuple(index for index, _ in itertools.islice(EndlessOrder(12, seed=4), 12))}) == 6
+    assert len({crop for _, crop in endless}) == 60
+    assert list(itertools.islice(EndlessOrder(12, seed=3, start=17), 43)) == endless[17:]
+    assert list(itertools.islice(EndlessOrder(12, seed=3, start=4, rank=1, world_size=2), 28)) == endless[5::2]

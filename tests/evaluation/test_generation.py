@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ from codalib.evaluation.generation import (
     shuffle_levels,
     shuffle_tokens,
 )
-from codalib.evaluation.generation_metrics import LinearProbe, class_accuracy, inception_score, moments, nearest
+from codalib.evaluation.generation_metrics import (
+    LinearProbe,
+    Reference,
+    class_accuracy,
+    inception_score,
+    moments,
+    nearest,
+)
 from codalib.evaluation.metrics import FrechetDistance, frechet_distance
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.checkpoints import load_vae
@@ -37,6 +45,14 @@ SAMPLERS = sampler_grid(SamplerConfig(steps=2), guidance=(0.0, 2.0))
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_that_are_all_alike_are_precise_and_recall_little():
+    cloud = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    reference = Reference(SimpleNamespace(name="fd_effnet"), cloud, "images", 3, None, None, None)
+    values = reference.evaluate({"frechet": 0.05 * cloud}, torch.zeros(60))
+    assert values["precision"] == 1
+    assert values["recall"] < 0.3
 
 
 def test_moments_give_the_frechet_distance_of_the_other_metrics():

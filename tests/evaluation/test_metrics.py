@@ -316,3 +316,22 @@ def test_an_exact_image_leaves_the_mean_psnr_finite():
     expected = (limit + metrics.psnr(images, other)[1].item()) / 2
     assert measured.compute()["psnr"] == pytest.approx(expected)
     assert "1 equal in 8 bits" in measured.protocol()["psnr"]
+
+
+def test_the_perceptual_distance_sees_the_clamped_reconstruction_and_the_image_first():
+    class Distance(torch.nn.Module):
+        name = "perceptual_effnet"
+
+        def forward(self, images, reconstruction):
+            return (images - reconstruction).mean(dim=(1, 2, 3))
+
+    measured = metrics.ReconstructionMetrics(frechet=None, perceptual=Distance())
+    white = torch.ones(2, 3, 16, 16)
+    measured.update(white, torch.stack([3 * white[0], -5 * white[1]]))
+    assert measured.compute()["perceptual_effnet"] == pytest.approx((0 + 2) / 2)
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_references():
+    line = torch.arange(8.0)[:, None]  # each within 1 of its nearest other
+    samples = torch.tensor([[0.0], [0.1], [50.0], [50.1]])  # each within 0.1 of its nearest other
+    assert metrics.precision_recall(line, samples, neighbours=1) == (2 / 4, 1 / 8)

@@ -155,6 +155,48 @@ def test_without_choice_noise_the_most_confident_stay(model):
     assert not torch.equal(join_levels(noisy[0].indices) != -1, kept)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_every_step_is_the_formula_on_the_samples_own_numbers(model, temperature):
+    """Tokens by their cumulative probability, then those of highest log-probability + fading Gumbel noise."""
+    steps, seen, owns = 4, [], sample_generators(7, range(3))
+    draw(model, seed=7, steps=steps, temperature=temperature, choice_temperature=4.5, on_step=seen.append)
+    before = torch.full((3, 30), K)
+    for t, (step, count) in enumerate(zip(seen, unmask_counts(30, steps), strict=True)):
+        logits = model.logits(model.features(before, LABELS)).double()
+        drawn, masked = join_levels(step.drawn), before == K
+        after = join_levels(step.indices)
+        for i, own in enumerate(owns):
+            token_number, noise_number = torch.rand(2, 30, generator=own).double()
+            cumulative = (logits[i] / temperature).softmax(dim=1).cumsum(dim=1)
+            wanted = (cumulative <= token_number[:, None]).sum(dim=1)
+            assert torch.equal(drawn[i][masked[i]], wanted[masked[i]])
+            score = logits[i].log_softmax(dim=1).gather(1, drawn[i][:, None])[:, 0]
+            score += 4.5 * (1, 0.75, 0.5, 0.25, 0)[t + 1] * -(-noise_number.log()).log()
+            kept = score.masked_fill(~masked[i], -torch.inf).topk(count).indices
+            assert sorted(kept.tolist()) == (masked[i] & (after[i] != -1)).nonzero()[:, 0].tolist()
+        before = after.masked_fill(after == -1, K)
+
+
+def test_the_choices_noise_is_gone_at_the_end_and_of_gumbels_sign(model, monkeypatch):
+    noise = []
+    unfilled = torch.Tensor.masked_fill
+
+    def noted(self, mask, value):
+        if value == -torch.inf:
+            noise.append(self)
+        return unfilled(self, mask, value)
+
+    monkeypatch.setattr(torch.Tensor, "masked_fill", noted)
+    monkeypatch.setattr(
+        sample, "_draw", lambda model, tokens, *_: (torch.zeros_like(tokens), torch.zeros(tokens.shape).double())
+    )
+    draw(model, torch.zeros(2000).long(), range(2000), steps=2, choice_temperature=2.0)
+    first, last = noise
+    assert first.mean() == pytest.approx(0.5772, abs=0.03)  # Euler's constant: the mean of Gumbel's law
+    assert first.max() > 7 > 4 > -first.min()  # its long tail is upwards
+    assert not last.any()
+
+
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 

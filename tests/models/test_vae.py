@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from codalib.models.adapters import add_adapters
 from codalib.models.checkpoints import load_adapters, load_vae, save_adapters
@@ -160,3 +161,33 @@ def test_the_layers_of_the_adaptive_weight_run_where_their_names_say():
     assert adaptive_weight_layer(flux) is adaptive_weight_layer(flux, "last")
     with pytest.raises(ValueError, match="expected an adaptive layer of first_upsample or last, got 'first'"):
         adaptive_weight_layer(flux, "first")
+
+
+def test_latents_are_shifted_and_then_scaled_and_back(images):
+    torch.manual_seed(0)
+    network = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.25,
+        shift_factor=3.0,
+    ).eval()
+    vae = ContinuousVAE(network)
+    z = network.encode(images).latent_dist.mean
+    latents = vae.encode(images, sample=False)
+    torch.testing.assert_close(latents, (z - 3) * 0.25)
+    torch.testing.assert_close(vae.decode(latents), network.decode(latents * 4 + 3).sample)
+    torch.testing.assert_close(vae(images, sample=False), network.decode(z).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_an_adapter_starts_with_a_spread_of_one_over_its_rank_and_a_scale_of_one(vae, rank):
+    torch.manual_seed(0)
+    adapted = add_adapters(copy.deepcopy(vae), "both", rank=rank)
+    down, up = ([p for n, p in adapted.named_parameters() if f"lora_{side}" in n] for side in "AB")
+    assert torch.cat([p.flatten() for p in down]).std().item() * rank == pytest.approx(1, abs=0.02)
+    assert not any(p.any() for p in up)
+    scales = [layer.scaling["default"] for layer in adapted.modules() if hasattr(layer, "scaling")]
+    assert scales == [1.0] * len(down)

@@ -113,7 +113,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained, caches, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"mask_ratio": "beta"}, {"code_embeddings": True}, {"level_positions": False}]
+    "change",
+    [
+        {"seed": 1},
+        {"mask_ratio": "beta"},
+        {"coarse_first": 1.0},
+        {"label_smoothing": 0.0},
+        {"code_embeddings": True},
+        {"level_positions": False},
+    ],
 )
 def test_settings_change_the_result(trained, caches, tmp_path, change):
     changed = weights(train_maskgit(dataclasses.replace(SMALL, **change), *caches, tmp_path))
@@ -121,6 +129,29 @@ def test_settings_change_the_result(trained, caches, tmp_path, change):
     assert changed.keys() != same.keys() or any(
         value.shape != same[name].shape or not torch.equal(value, same[name]) for name, value in changed.items()
     )
+
+
+def test_dropped_conditions_train_no_class_and_the_others_train_theirs(caches, tmp_path):
+    def classes(**change):
+        own = dataclasses.replace(SMALL, ema=0.0, **change)
+        return train_maskgit(own, *caches, tmp_path / str(change)).classes.weight
+
+    start = classes(learning_rate=0.0)
+    for dropped, trained_rows in ((1.0, [False, False, False, True]), (0.0, [True, True, True, False])):
+        assert (classes(condition_dropout=dropped) != start).any(dim=1).tolist() == trained_rows
+
+
+def test_a_step_updates_all_parameters_at_its_last_micro_batch(caches, tmp_path, monkeypatch):
+    update, lasts = Trainer.update, []
+
+    def noted(self, loss, terms, name, parameters, last):
+        assert {id(p) for p in parameters} == {id(p) for p in self.module.parameters()}
+        lasts.append(last)
+        update(self, loss, terms, name, parameters, last)
+
+    monkeypatch.setattr(Trainer, "update", noted)
+    train_maskgit(dataclasses.replace(SMALL, steps=2), *caches, tmp_path)
+    assert lasts == [False, True] * 2
 
 
 def test_captions_condition_too(caches, tmp_path):
@@ -204,6 +235,8 @@ def test_the_defaults_are_the_papers():
     paper = MaskGITSettings()
     assert (paper.steps, paper.batch_size * 8, paper.learning_rate, paper.preset) == (500_000, 2048, 4e-4, "L")
     assert (paper.betas, paper.label_smoothing, paper.dropout, paper.condition_dropout) == ((0.9, 0.96), 0.1, 0.1, 0.1)
+    assert (paper.weight_decay, paper.clip, paper.warmup_steps, paper.ema) == (0.045, 1.0, 5000, 0.9999)
+    assert (paper.final_learning_rate, paper.mask_ratio, paper.coarse_first) == (0, "cosine", 0)
     for wrong in (
         {"condition": "image"},
         {"preset": "M"},

@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import math
 import os
 import shutil
 from pathlib import Path
@@ -6,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from codalib.base.processes import make_accelerator
 from codalib.datasets.images import load_dataset
 from codalib.evaluation.latents import encode_images
 from codalib.evaluation.metrics import ReconstructionMetrics
@@ -13,13 +16,13 @@ from codalib.evaluation.reconstruction import evaluate
 from codalib.models.adversary import frozen
 from codalib.models.checkpoints import load_vae
 from codalib.models.checks import NonFiniteLoss
-from codalib.models.loss_weights import adaptive_weight
+from codalib.models.loss_weights import LossWeights, adaptive_weight
 from codalib.models.losses import generator_hinge, reconstruction_terms, weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer, outline
 from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer
-from codalib.training.trainer import RampedEMA, TimeLimit, Trainer, checksum, learning_rate_factor, read_log
+from codalib.training.trainer import RampedEMA, Stage, TimeLimit, Trainer, checksum, learning_rate_factor, read_log
 from codalib.training.vae import pretrain_vae
 
 SCALES = (1, 2, 4, 8)
@@ -164,8 +167,89 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     rates = [learning_rate_factor(step, settings) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)
+    floor = dataclasses.replace(settings, final_learning_rate=0.2)
+    by_hand = [0.5, 1, 1, 0.2 + 0.8 * 0.75, 0.2 + 0.8 / 2, 0.2 + 0.8 * 0.25, 0.2, 0.2]
+    cosine = [learning_rate_factor(step, dataclasses.replace(floor, steps=14)) for step in (0, 1, 2, 6, 8, 10, 14, 20)]
+    assert cosine == pytest.approx(by_hand)  # a third, a half, two thirds of the 12 steps: cos of 60, 90, 120 degrees
     with pytest.raises(ValueError, match="expected steps of at least 1, got 0"):
         LoopSettings(steps=0, batch_size=1)
+
+
+def line_trainer(folder, **settings):
+    """A trainer of one weight, at 0, by plain descent with rate 1: the weight falls by the gradient."""
+    line = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(line.weight)
+    own = LoopSettings(**{"steps": 4, "batch_size": 1, "ema": 0.0} | settings)
+    return Trainer(own, folder, make_accelerator(), line, {"main": torch.optim.SGD(line.parameters(), 1.0)}), line
+
+
+@pytest.mark.parametrize(("clip", "moved"), [(10.0, [4.0, 5.0]), (3.0, [3.0, 4.0])])
+def test_a_step_takes_the_mean_of_its_micro_batches_gradients_clipped(tmp_path, clip, moved):
+    trainer, line = line_trainer(tmp_path, accumulation=2, clip=clip)
+    positions = []
+    for slopes in ((3.0, 5.0), (1.0, 1.0)):  # mean 4, then 1: nothing is left of the first step
+        for slope, last in zip(slopes, (False, True), strict=True):
+            loss = slope * line.weight.sum()
+            trainer.update(loss, {"loss": loss}, "main", list(line.parameters()), last)
+        positions.append(-line.weight.item())
+    assert positions == pytest.approx(moved, rel=1e-5)
+
+
+class NoteNoise(Stage):
+    """Notes each step's first random numbers and the optimiser's learning rate."""
+
+    def __init__(self, trainer):
+        super().__init__(trainer.settings)
+        self.trainer, self.noise, self.rates = trainer, [], []
+
+    def batches(self, first):
+        return itertools.repeat(torch.zeros(1))
+
+    def train_step(self, micro_batches, step):
+        self.noise.append(torch.rand(3))
+        self.rates.append(self.trainer.optimizers["main"].param_groups[0]["lr"])
+        return {}
+
+
+def test_each_steps_noise_is_its_own_and_the_rate_is_the_schedules(tmp_path):
+    stages = []
+    for number, seed in enumerate((0, 0, 100)):
+        trainer, _ = line_trainer(tmp_path / str(number), seed=seed, final_learning_rate=0.2)
+        stages.append(NoteNoise(trainer))
+        trainer.run(stages[-1], "noise")
+    first, again, other = (torch.stack(stage.noise) for stage in stages)
+    assert torch.equal(first, again)
+    assert len(torch.cat([first, other]).unique(dim=0)) == 8
+    assert stages[0].rates == pytest.approx([0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(4)])
+
+
+def test_the_tokenizers_two_optimisers_step_once_a_step_on_all_that_they_train(vae, images, tmp_path, monkeypatch):
+    update, calls = Trainer.update, []
+
+    def noted(self, loss, terms, name, parameters, last):
+        group = self.optimizers[name].param_groups[0]
+        assert {id(p) for p in parameters} == {id(p) for p in group["params"]}
+        calls.append((name, last, group["lr"], group["betas"], group["weight_decay"]))
+        update(self, loss, terms, name, parameters, last)
+
+    monkeypatch.setattr(Trainer, "update", noted)
+    train_tokenizer(dataclasses.replace(SMALL, steps=1, batch_size=1), vae, *images, tmp_path)
+    decay = {"generator": 0.005, "discriminator": 0.0005}
+    assert calls == [(name, last, 5e-4, (0.5, 0.9), decay[name]) for last in (False, True) for name in decay]
+
+
+def test_the_tokenizers_defaults_are_the_papers_and_the_releases():
+    own = TokenizerSettings(steps=1, batch_size=1)
+    assert (own.codebook_size, own.rank, own.norm, own.adapters, own.learning_rate) == (65536, 32, "rms", "both", 5e-4)
+    assert own.scales == (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    assert (own.betas, own.weight_decay, own.discriminator_weight_decay, own.clip) == ((0.5, 0.9), 0.005, 0.0005, 10)
+    assert (own.warmup_steps, own.final_learning_rate, own.accumulation, own.ema, own.ema_ramp) == (0, 0, 1, 0.9999, 2)
+    assert (own.attention_dim, own.beta, own.entropy_temperature) == (32, 0.05, 0.01)
+    assert own.weights == LossWeights(l1=0.2, l2=1.0, perceptual=1.0, quantization=1.0, entropy=0.05, adversarial=1.0)
+    names = ("l1", "l2", "perceptual", "quantization", "entropy", "adversarial")
+    numbered = {name: float(i) for i, name in enumerate(names, start=2)}
+    changed = dataclasses.replace(own, **{f"{name}_weight": value for name, value in numbered.items()})
+    assert changed.weights == LossWeights(**numbered)
 
 
 def test_the_average_begins_where_it_is_told(vae, images, tmp_path):
