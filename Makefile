@@ -2,6 +2,8 @@
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
 #   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side, each in one thread
 #   make lab                         JupyterLab on notebooks/start_here.ipynb
+#   make mutants [ONLY='codalib.models.sampling*']   which small wrong changes to the science the tests let live (hours
+#                                    for all of it; goes on where it stopped); `mutmut show NAME` prints one
 #   make bench                       time and memory of the quantizers: reports/bench/index.html; goes on where it stopped
 #   make faults [KILLS=20]       kill -9, full disks and damage at every stage, hours: reports/faults/README.md
 #   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
@@ -17,11 +19,12 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+ONLY ?=
 # One module or notebook stays on one worker. Threads that spin while they wait would slow the other worker down.
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup reproduce test lab bench faults fetch rehearse notebooks clean
+.PHONY: setup reproduce test mutants lab bench faults fetch rehearse notebooks clean
 
 setup: $(STAMP)
 
@@ -44,6 +47,14 @@ test: $(STAMP)
 	    $(PARALLEL) --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks && \
 	    $(BIN)/python -m pytest tests/pictures_check.py
 
+# mutmut works in a copy, mutants/, and changes no decorated function (`generate`, psnr) and no constant: change those by
+# hand. The table counts each file's mutants by what became of them.
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,mutants]"
+	CODALIB_DATA=$(CURDIR)/data OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/mutmut run --max-children $(WORKERS) $(if $(ONLY),'$(ONLY)')
+	$(BIN)/mutmut results
+	$(BIN)/mutmut results --all true | sed -nE 's/^ *(.*)\.x[^.]*: (.*)/\1 \2/p' | sort | uniq -c
+
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/start_here.ipynb
 
@@ -63,4 +74,4 @@ notebooks: $(STAMP)
 	set -e; for notebook in notebooks/*.ipynb; do $(BIN)/codalib run $$notebook --keep-checked; done
 
 clean:
-	rm -rf $(VENV) runs .snakemake .coverage
+	rm -rf $(VENV) runs mutants .snakemake .coverage

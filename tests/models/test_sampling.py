@@ -50,7 +50,15 @@ def test_schedules_are_their_formulas():
     assert unmask_counts(100, 4, "square") == [7, 18, 32, 43]  # masked: 93.75, 75, 43.75, 0
     assert unmask_counts(100, 4, "cosine") == [8, 22, 32, 38]  # masked: 92.4, 70.7, 38.3, 0
     assert unmask_counts(5, 5, "cosine") == [1, 1, 1, 1, 1]
+    assert unmask_counts(10, 8, "cosine") == [1, 1, 1, 1, 1, 2, 2, 1]  # masked: 9, 9, 8, 7, but one a step at least
     assert unmask_counts(680, 1) == [680]
+
+
+def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_number():
+    logits = torch.tensor([0.0, 0.25, 0.25, 0.5]).log().expand(5, 4)
+    tokens, sure = sample.draw_tokens(logits, 1.0, torch.tensor([0.0, 0.2, 0.25, 0.5, 0.99]))
+    assert tokens.tolist() == [1, 1, 2, 3, 3]
+    assert sure.exp().tolist() == pytest.approx([0.25, 0.25, 0.25, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("steps", [0, 31, -1])
