@@ -121,6 +121,7 @@ class TokenizerStage(Stage):
         # The images' losses are differentiated by the reconstruction first, so that each frozen network is gone back
         # through once; then all goes back through the decoder together.
         seen = output.reconstruction.detach().requires_grad_()
+        seen = seen.view_as(seen)  # no leaf, which torch's count of operations (`codalib rehearse`) cannot hook
         maps, factors = self.feature_maps(images, seen), {}
         terms = reconstruction_terms(images, seen, None if maps else self.perceptual)
         if maps:
