@@ -7,10 +7,6 @@ every seed and scored on the validation images. A finished trial is one small JS
 factorial goes on.
 """
 
-import hashlib
-import json
-import logging
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from codalib.base.files import read_json, write_json
 from codalib.datasets.images import ImageDataset, evaluation_batches
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
 from codalib.evaluation.metrics import psnr
 from codalib.experiments.bracketing import bracket, bracket_both
+from codalib.experiments.trials import TrialFolder, data_digest
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.vae import ContinuousVAE
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import QuantizerSettings
-
-log = logging.getLogger(__name__)
 
 PROTOCOL = 1  # part of a trial's name: raised where the same settings come to mean other numbers
 METHODS = {  # name -> kind of quantizer, start of its codes
@@ -62,19 +56,13 @@ class FactorialData:
     ) -> "FactorialData":
         """Encode the images; a part of TRAIN's groups (concepts) is held out to choose settings on."""
         rest, choose = train.split_groups(held_out, seed)
-        digest = hashlib.sha256(repr([PROTOCOL, held_out, seed, train.resolution]).encode())
-        for item in (*train.items, *test.items):
-            digest.update(item.stored if item.stored is not None else Path(item.name).read_bytes())
-        for name, weights in sorted(vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return cls(
             encode_images(vae, rest, len(rest), seed=seed),
             encode_posterior(vae, choose, seed),
             encode_posterior(vae, test, seed),
             torch.cat([batch["image"] for batch in evaluation_batches(test, 64)]),
             vae,
-            digest.hexdigest()[:16],
+            data_digest(vae, (train, test), PROTOCOL, held_out, seed, train.resolution),
         )
 
 
@@ -99,8 +87,8 @@ class Factorial:
         scored: Sequence[int],
         provenance: Mapping[str, Any],
     ):
-        self.settings, self.data, self.scored, self.provenance = settings, data, tuple(scored), dict(provenance)
-        self.results, self.work = Path(results), Path(work)
+        self.settings, self.data, self.scored = settings, data, tuple(scored)
+        self.trials, self.work = TrialFolder(Path(results), provenance), Path(work)
 
     def run(
         self,
@@ -171,16 +159,16 @@ class Factorial:
             entropy_weight=weight,
             seed=seed,
         )
-        inputs = [PROTOCOL, self.data.digest, asdict(own), self.scored]
-        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
-        name = re.sub(r"[^a-z0-9.]+", "-", f"{grid} {method} rate {rate:g} entropy {weight:g} seed {seed}")
-        file = self.results / f"{name}-{key}.json"
-        found = read_json(file) if file.exists() else None
-        if found is None or (decoded and "test" in found and "test_psnr" not in found):
-            found = {"method": method, "grid": grid, **self._fit(own, name, decoded)}
-            write_json(file, found | {"settings": asdict(own), **self.provenance})
-            log.info("%s: relative error %.4f", name, found["choose"].get("relative_error", float("nan")))
-        return read_json(file)
+
+        def make(name: str) -> dict[str, Any]:
+            return {"method": method, "grid": grid, **self._fit(own, name, decoded), "settings": asdict(own)}
+
+        return self.trials.once(
+            f"{grid} {method} rate {rate:g} entropy {weight:g} seed {seed}",
+            [PROTOCOL, self.data.digest, asdict(own), self.scored],
+            make,
+            lambda found: not decoded or "test" not in found or "test_psnr" in found,
+        )
 
     def _fit(self, settings: QuantizerSettings, name: str, decoded: bool) -> dict[str, Any]:
         folder, started = self.work / name, time.monotonic()

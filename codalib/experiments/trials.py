@@ -1,0 +1,59 @@
+"""Finished trials of an experiment: one small JSON file each, from which an interrupted experiment goes on."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codalib.base.files import read_json, write_json
+from codalib.datasets.images import ImageDataset
+from codalib.models.vae import ContinuousVAE
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """Where an experiment's results lie, and what each file says of the run: commit, machine, versions."""
+
+    results: Path
+    provenance: Mapping[str, Any]
+
+    def once(
+        self,
+        name: str,
+        inputs: Sequence[Any],
+        make: Callable[[str], dict[str, Any]],
+        whole: Callable[[dict[str, Any]], bool] = lambda found: True,
+    ) -> dict[str, Any]:
+        """The result of a trial, from its file or made now.
+
+        Args:
+            name: of the trial, in words; `make` gets it as a file's name.
+            inputs: all that decides the result, as JSON can write it.
+            whole: whether a result that was found has all that is asked for; else it is made again.
+        """
+        words = re.sub(r"[^a-z0-9.]+", "-", name)
+        key = hashlib.sha256(json.dumps(list(inputs)).encode()).hexdigest()[:8]
+        file = self.results / f"{words}-{key}.json"
+        if not (file.exists() and whole(read_json(file))):
+            write_json(file, make(words) | dict(self.provenance))
+            log.info("%s: finished", name)
+        return read_json(file)
+
+
+def data_digest(vae: ContinuousVAE, datasets: Sequence[ImageDataset], *inputs: Any) -> str:
+    """16 hex digits of images and a VAE's weights, not of the latents, whose last bits are the machine's."""
+    digest = hashlib.sha256(repr(list(inputs)).encode())
+    for item in (item for images in datasets for item in images.items):
+        digest.update(item.stored if item.stored is not None else Path(item.name).read_bytes())
+    for name, weights in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
