@@ -76,7 +76,8 @@ def label(column: str) -> str:
     """A column of a CSV file as readers know it: `paper_rfid` -> "rFID (paper)"."""
     if column.startswith(PAPER_PREFIX):
         return f"{label(column.removeprefix(PAPER_PREFIX))} (paper)"
-    return COLUMNS[column][0] if column in COLUMNS else column.replace("_", " ").capitalize()
+    name, at, side = column.partition("@")  # of the images that a network sees, pixels
+    return (COLUMNS[name][0] if name in COLUMNS else name.replace("_", " ").capitalize()) + (at and f" at {side} px")
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
