@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +23,9 @@ from codalib.evaluation.latents import encode_images, encode_posterior, quantize
 from codalib.evaluation.metrics import FrechetDistance, frechet_distance, kernel_distance
 from codalib.evaluation.reconstruction import image_scores
 from codalib.experiments.bracketing import bracket
-from codalib.experiments.paper import USED, gain
-from codalib.experiments.statistics import claim_verdict, group_means
-from codalib.experiments.trials import TrialFolder, data_digest
+from codalib.experiments.paper import USED
+from codalib.experiments.statistics import claim_verdict
+from codalib.experiments.trials import Compared, TrialFolder, data_digest
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.losses import weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
@@ -216,42 +215,26 @@ def adapted_claims(rows: Sequence[Mapping[str, Any]], data: AdaptedData) -> list
     """
     frechet = next(iter(data.floor()))
     best = {cell: [row for row in rows if row["cell"] == cell and row["setting"] == "best"] for cell in CELLS}
-    concepts = [item.group or item.name for item in data.test.items]
+    found = Compared(best, [item.group or item.name for item in data.test.items])
     ceiling = data.distances(image_scores(data.vae, data.test, None, data.distance)[1])[frechet]
-
-    def of(cell: str, metric: str) -> list[float]:
-        return [row["test"][metric] for row in best[cell]]
-
-    def by_concept(cell: str, scores: str) -> np.ndarray:
-        return group_means([row[scores] for row in best[cell]], concepts)
-
-    def fall(before: str, after: str) -> dict[str, np.ndarray | list[float]]:
-        """The relative fall of the error, by concept, and of the Frechet distance."""
-        errors = by_concept(before, "test_errors")
-        relative = (errors - by_concept(after, "test_errors")) / errors.mean(axis=1, keepdims=True)
-        return {"relative_error": relative, frechet: gains(frechet, before, after)}
-
-    def gains(metric: str, before: str, after: str) -> list[float]:
-        return [gain(metric, a, b) for a, b in zip(of(before, metric), of(after, metric), strict=True)]
-
-    def change(metric: str, before: str, after: str) -> str:
-        return f"{metric} {np.mean(of(before, metric)):.4g} -> {np.mean(of(after, metric)):.4g}"
-
     claims = []
     for part in ("frozen VAE", "both adapted"):
         pair, setting = (f"nearest, {part}", f"attention, {part}"), f"{part}, all losses"
-        claims.append(claim_verdict("attention_error", fall(*pair), change("relative_error", *pair), setting=setting))
+        falls = {"relative_error": found.error_falls(*pair), frechet: found.gains(frechet, *pair)}
+        claims.append(claim_verdict("attention_error", falls, found.change("relative_error", *pair), setting=setting))
         used = {
-            "utilization": gains("utilization", *pair),
-            "utilization floor": [own - USED for own in of(pair[1], "utilization")],
+            "utilization": found.gains("utilization", *pair),
+            "utilization floor": [own - USED for own in found.of(pair[1], "utilization")],
         }
-        claims.append(claim_verdict("attention_utilization", used, change("utilization", *pair), setting=setting))
+        text = found.change("utilization", *pair)
+        claims.append(claim_verdict("attention_utilization", used, text, setting=setting))
     pair = "attention, frozen VAE", "attention, both adapted"
-    closed = [(a - b) / (a - ceiling) - 0.5 for a, b in zip(of(pair[0], frechet), of(pair[1], frechet), strict=True)]
-    text = f"{change(frechet, *pair)}, the VAE itself {ceiling:.4g}"
-    parts = {frechet: gains(frechet, *pair), "gap closed": closed}
+    ends = zip(*(found.of(cell, frechet) for cell in pair), strict=True)
+    closed = [(before - after) / (before - ceiling) - 0.5 for before, after in ends]
+    text = f"{found.change(frechet, *pair)}, the VAE itself {ceiling:.4g}"
+    parts = {frechet: found.gains(frechet, *pair), "gap closed": closed}
     claims.append(claim_verdict("adaptation_closes_gap", parts, text, setting="all losses"))
     pair = "attention, encoder adapted", "attention, decoder adapted"
-    gained = by_concept(pair[1], "test_psnr") - by_concept(pair[0], "test_psnr")
-    parts, text = {frechet: gains(frechet, *pair), "psnr": gained}, change("psnr", *pair)
+    gained = found.by_group(pair[1], "test_psnr") - found.by_group(pair[0], "test_psnr")
+    parts, text = {frechet: found.gains(frechet, *pair), "psnr": gained}, found.change("psnr", *pair)
     return [*claims, claim_verdict("decoder_over_encoder", parts, text, setting="all losses")]

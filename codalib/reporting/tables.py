@@ -14,7 +14,8 @@ from codalib.experiments.paper import COLUMNS, Table
 from codalib.experiments.statistics import SPREAD_SUFFIX
 
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
-FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies")  # shown in percent: columns with these words
+# Columns with these words are shown in percent.
+FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies", "token_change")
 PAPER_PREFIX = "paper_"
 pd.options.display.html.use_mathjax = False  # cells hold names of folders and classes, no formulas
 
