@@ -173,7 +173,6 @@ def test_what_is_written_is_read_with_its_floors(tmp_path):
 
 def test_the_tables_hold_the_ratios_and_say_what_is_missing(tmp_path):
     frame, _, _ = write_run(tmp_path, plan())
-    assert "**5.00x faster, " in shown.at_a_glance(frame)
     found = {(title, x): rows for title, x, rows in sweeps(frame)}
     over_codes = found["Forward and backward, MAR scales, over codes, 4 images", "codes"]
     table = shown.ratios(over_codes).set_index(["codes", "implementation"])
@@ -182,16 +181,15 @@ def test_the_tables_hold_the_ratios_and_say_what_is_missing(tmp_path):
     over_tokens = found["Forward and backward, MAR scales, over tokens, 65,536 codes", "tokens"]
     slopes = shown.memory_a_token(over_tokens).set_index("implementation")["KiB a token"]
     assert (slopes["tiled"], slopes["one row of 65,536 logits"]) == ("2.0", "256")
-    assert len(shown.all_cases(frame)) == len(frame)
 
 
 def test_a_gpu_has_its_implementation_and_its_single_size(tmp_path):
     cases = [case for case in plan(("cuda",)) if case.scales == "FLUX" or case.task in ("rates", "compiling")]
     frame, _, manifest = write_run(tmp_path, cases, gpu="a GPU")
     assert "GPU: a GPU" in which_run(manifest)
-    assert "*triton*" in shown.at_a_glance(frame)
     ((title, x, rows),) = sweeps(frame)
     assert (title, x, len(rows)) == ("Forward and backward, FLUX scales", "", 5)
+    assert "triton" in set(shown.ratios(rows)["implementation"])
 
 
 def test_the_step_and_the_encoding_run_through_every_implementation():
