@@ -110,17 +110,18 @@ def test_a_machine_without_a_compiler_has_no_compiled_numbers(monkeypatch):
 
 
 def test_quick_measures_in_processes_of_their_own_and_resumes(monkeypatch, tmp_path):
-    arguments = ["--quick", f"--kept={tmp_path / 'kept'}", f"--folder={tmp_path / 'page'}", "--repeats=1"]
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    page, arguments = tmp_path / "bench-quick" / "page", ["--quick", "--repeats=1"]
     bench.main(arguments)
-    table = pd.read_csv(tmp_path / "page" / "results.csv")
+    table = pd.read_csv(page / "results.csv")
     assert len(table) == len(plan(quick=True)) - 1  # the rates have a file of their own
     assert (table["state"] == "measured").all()
     assert (table[["seconds", "floor_seconds"]] > 0).all(axis=None)
     assert (table["peak_bytes"] < 200e6).all()
-    manifest = read_json(tmp_path / "page" / "manifest.json")
+    manifest = read_json(page / "manifest.json")
     assert manifest["state"] == "finished"
     assert manifest["machine"]["cores"] >= 1
-    text = (tmp_path / "page" / "index.html").read_text()
+    text = (page / "index.html").read_text()
     assert "Measured on " in text
     assert not re.search(r'(src|href)="(?!data:|#|\.\./index)', text)
 
@@ -129,7 +130,7 @@ def test_quick_measures_in_processes_of_their_own_and_resumes(monkeypatch, tmp_p
 
     monkeypatch.setattr(bench, "_measure_apart", again)
     bench.main(arguments)
-    assert pd.read_csv(tmp_path / "page" / "results.csv").equals(table)
+    assert pd.read_csv(page / "results.csv").equals(table)
     with pytest.raises(AssertionError, match="measured again"):
         bench.main([*arguments, "--repeats=2"])
 
