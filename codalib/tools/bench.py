@@ -1,8 +1,7 @@
 """Time and peak memory of the quantizers: `codalib bench` measures them into reports/bench/ and runs notebooks/bench.
 
-Each case runs in a process of its own, so that its peak memory is its own. What is measured is cached in runs/bench/, one
-file a case, and is not measured again as long as the code, the machine and torch stay the same: a run that was stopped
-goes on where it was.
+Each case runs in a process of its own, so that its peak memory is its own. Its result is cached in runs/bench/, a file
+a case, as long as the code, the machine and torch stay the same: a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -166,7 +165,7 @@ def _status_bytes(field: str) -> int:
 
 # --- all of it --------------------------------------------------------------------------------------------------------
 def run(cases: Sequence[Case], cache: Path, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """One row a case: measured now, each in a process of its own, or read from CACHE where nothing has changed since."""
+    """One row a case: measured now, each in a process of its own, or read from CACHE where nothing changed since."""
     fingerprint, rows = _fingerprint(repeats), []
     for case in tqdm(cases, desc="benchmark", unit="case"):
         file = cache / f"{case.name}.json"
