@@ -87,7 +87,8 @@ def data_digest(vae: ContinuousVAE, datasets: Sequence[ImageDataset], *inputs: A
     """16 hex digits of images and a VAE's weights, not of the latents, whose last bits are the machine's."""
     digest = hashlib.sha256(repr(list(inputs)).encode())
     for item in (item for images in datasets for item in images.items):
-        digest.update(item.stored if item.stored is not None else Path(item.name).read_bytes())
+        picture = item.picture
+        digest.update(picture if isinstance(picture, bytes) else Path(picture).read_bytes())
     for name, weights in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
