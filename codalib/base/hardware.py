@@ -8,9 +8,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,13 @@ def compute_device() -> str:
     import torch  # here alone: what reads results needs no torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
+    """TENSOR on a device; on its way to a GPU from pinned memory, so that the host does not wait for the copy."""
+    if getattr(device, "type", device) == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def has_bfloat16() -> bool:

@@ -303,9 +303,10 @@ class _Sampler:
         self.watch = _row(self.play, self.moment, self.message)
 
     def condition(self) -> Condition:
+        device = self.model.positions.device
         if self.table is not None:
-            return self.table.condition([self.wanted.value] * SAMPLES)
-        return torch.full((SAMPLES,), self.wanted.value)
+            return self.table.condition([self.wanted.value] * SAMPLES, device)
+        return torch.full((SAMPLES,), self.wanted.value, device=device)
 
     def fixed(self) -> Tokens | None:
         return None
