@@ -113,7 +113,8 @@ class AdaptedTrials:
         fits: kind -> fields of `QuantizerSettings` in which the start's fit differs from SETTINGS. The weight of its
             entropy term, relative to the quantization term's, is the one that is trained with on images too.
         trials: where the results lie.
-        work: folder of the checkpoints of the trial that runs.
+        work: folder of the checkpoints of the trial that runs, and in work/tokenizers of what was trained.
+        base: what `load_vae` takes for the VAE, which the tokenizers name.
     """
 
     def __init__(
@@ -123,10 +124,11 @@ class AdaptedTrials:
         data: AdaptedData,
         trials: TrialFolder,
         work: str | Path,
+        base: str | None = None,
     ):
         if odd := set(fits) ^ {kind for kind, _ in CELLS.values()}:
             raise ValueError(f"expected the fit of a start for nearest and attention alone, got {', '.join(odd)} wrong")
-        self.settings, self.data, self.trials, self.work = settings, data, trials, Path(work)
+        self.settings, self.data, self.trials, self.work, self.base = settings, data, trials, Path(work), base
         self.fits = {kind: self._fit_settings(kind, own) for kind, own in fits.items()}
 
     def _fit_settings(self, kind: str, own: Mapping[str, Any]) -> QuantizerSettings:
@@ -187,6 +189,7 @@ class AdaptedTrials:
             shutil.rmtree(folder, ignore_errors=True)
             return {"choose": {}, "failed": str(error)}
         seconds = round(time.monotonic() - started, 1)
+        tokenizer.save_pretrained(self.work / "tokenizers" / name, base=self.base)
         curve = [{"step": row["step"], "psnr": row["val_psnr"]} for row in read_log(folder) if "val_psnr" in row]
         found = {"choose": self._choose(tokenizer), **self._judge(tokenizer), "curve": curve, "seconds": seconds}
         shutil.rmtree(folder, ignore_errors=True)

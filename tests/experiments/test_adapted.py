@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from codalib import load_dataset, load_vae
+from codalib import load_dataset, load_tokenizer, load_vae
 from codalib.evaluation.metrics import build_frechet
 from codalib.experiments.adapted import CELLS, PROTOCOL, AdaptedData, AdaptedTrials, adapted_claims
 from codalib.experiments.trials import TrialFolder
@@ -36,7 +36,9 @@ def data():
 
 
 def trials(folder, data):
-    return AdaptedTrials(SETTINGS, FITS, data, TrialFolder(folder / "results", {"commit": "abc"}), folder / "work")
+    return AdaptedTrials(
+        SETTINGS, FITS, data, TrialFolder(folder / "results", {"commit": "abc"}), folder / "work", "emoji"
+    )
 
 
 def test_choosing_images_are_no_training_images_and_are_not_cropped_at_random(data):
@@ -56,6 +58,8 @@ def test_a_trial_trains_its_cell_and_is_read_from_its_file_the_next_time(tmp_pat
     assert row["test"]["psnr"] == pytest.approx(sum(row["test_psnr"]) / 5, abs=1e-3)
     assert {"fd_effnet@32", "kd_effnet@32", "relative_error", "posterior_noise", "token_change"} <= set(row["test"])
     assert row["commit"] == "abc"
+    (saved,) = (tmp_path / "work" / "tokenizers").iterdir()
+    assert load_tokenizer(saved).num_tokens == 65
     monkeypatch.setattr("codalib.experiments.adapted.train_tokenizer", lambda *_: pytest.fail("trained again"))
     assert trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 3) == row
     with pytest.raises(pytest.fail.Exception, match="trained again"):
