@@ -134,7 +134,10 @@ class TokenizerStage(Stage):
             against = self.gradient(adversarial, seen)
             # Without an adapted decoder nothing of it is trained: the gradients are then compared at its input.
             where = output.quantized if self.adaptive_layer is None else self.adaptive_layer
-            adaptive = adaptive_weight(*((output.reconstruction * own).sum() for own in (gradient, against)), where)
+            adaptive = torch.zeros(())
+            if where.requires_grad:  # nearest codes on a frozen VAE learn from the quantization term alone
+                both = ((output.reconstruction * own).sum() for own in (gradient, against))
+                adaptive = adaptive_weight(*both, where)
             terms["adversarial"] = adversarial
             factors["adversarial"] = adaptive * ramp(step, self.settings.steps)
             gradient = gradient + self.weights.adversarial * factors["adversarial"] * against

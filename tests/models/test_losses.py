@@ -178,7 +178,7 @@ def test_two_processes_share_the_adaptive_weight_of_the_whole_batch():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn")  # autograd does not survive a fork
     queue = context.SimpleQueue()
     processes = [context.Process(target=adaptive_weight_of_one_process, args=(rank, port, queue)) for rank in (0, 1)]
     for process in processes:

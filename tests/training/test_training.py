@@ -520,3 +520,13 @@ def test_the_steps_gradient_is_that_of_equation_9(vae, images, tmp_path):
     loss = weighted_sum(terms, stage.weights, {"adversarial": adaptive * 0.5})  # step 2 of 4
     for ours, plain in zip(found["ours"], torch.autograd.grad(loss, stage.trained), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5 * max(1.0, plain.abs().max().item()))
+
+
+def test_nearest_codes_on_a_frozen_vae_learn_from_the_quantization_term_alone(vae, images, tmp_path):
+    """No gradient of the images reaches them: the adversarial term has nothing to be weighed by."""
+    own = dataclasses.replace(SMALL, kind="nearest", adapters="none", entropy_weight=0.0, ema=0.0, accumulation=1)
+    start = own.build_quantizer(vae.latent_channels)
+    before = start.codebooks.weight.detach().clone()
+    trained = train_tokenizer(own, vae, *images, tmp_path, start)
+    assert not torch.equal(trained.quantizer.codebooks.weight, before)
+    assert read_log(tmp_path)[-1]["adversarial_factor"] == 0
