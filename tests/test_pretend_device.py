@@ -165,7 +165,7 @@ def test_evaluation(waits, tokenizer, images, tmp_path):
     assert len(evaluate_levels(own, images[1], metrics)) == len(SCALES)
     latents = encode_posterior(own.vae, images[1])
     assert quantizer_scores(own.quantizer, *latents)[0]["token_change"] >= 0
-    assert sharpness(own.quantizer, latents[0])["top_share"] > 0
+    assert sharpness(own.quantizer, latents[0])["top_1_probability"] > 0
     assert code_spread(own.quantizer, latents[0])["coverage"] >= 0
 
 

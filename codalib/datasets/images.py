@@ -36,10 +36,10 @@ SPLITS = ("train", "val")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
 TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
-HELD_OUT = 0.1  # share of a plain folder's images that is its validation split
+HELD_OUT = 0.1  # fraction of a plain folder's images that is its validation split
 HELD_OUT_IMAGES = 2  # at least, where a folder has twice as many: a Frechet distance takes two
 COMPARED_IMAGES = 200_000  # of both splits, at most: of more, nearly every file has the size of another
-MAX_UNREADABLE = 0.01  # share of a data set's images, and one at least; a run that meets more stops
+MAX_UNREADABLE = 0.01  # fraction of a data set's images, and one at least; a run that meets more stops
 
 
 @dataclass(frozen=True, slots=True)

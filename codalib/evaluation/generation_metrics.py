@@ -112,19 +112,19 @@ class Reference:
         reference = f"{len(self.features):,} {self.images}, centre crop"
         texts = {
             self.distance.name: f"{network}; {samples:,} samples against {reference}; rounded to 8 bits",
-            "precision": f"share of samples within {self.neighbours} neighbours' distance of {reference}",
-            "recall": f"share of {reference} within {self.neighbours} neighbours' distance of a sample",
+            "precision": f"fraction of samples within {self.neighbours} neighbours' distance of {reference}",
+            "recall": f"fraction of {reference} within {self.neighbours} neighbours' distance of a sample",
         }
         if self.distance.name == "fid":
             texts["inception_score"] = "mean of ten parts"
         if self.probe is not None:
             probe = f"a linear probe of EfficientNet's features, fitted to {len(self.train):,} training images"
             texts |= {
-                "class_accuracy": f"share of samples in which {probe}, sees the asked class",
+                "class_accuracy": f"fraction of samples in which {probe}, sees the asked class",
                 "class_accuracy_balanced": "the same, the mean over the classes",
                 "nearest_train": f"median distance to the nearest of {len(self.train):,} training images in "
                 "EfficientNet's features, over that of validation images: well below 1 for copies",
-                "copies": f"share of samples nearer to a training image than {COPY_QUANTILE:.0%} of validation images",
+                "copies": f"fraction of samples nearer to a training image than {COPY_QUANTILE:.0%} of the val images",
             }
         return texts | self._left_out(samples)
 

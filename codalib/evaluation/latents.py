@@ -1,4 +1,4 @@
-"""Measures beside the pictures of Figures 3, 5 and 6: how latents, their approximations and codes lie to each other.
+"""Metrics beside the pictures of Figures 3, 5 and 6: how latents, their approximations and codes lie to each other.
 
 Latents are (N, C, H, W) and normalised; a feature is the vector of C numbers at one position.
 """
@@ -32,7 +32,7 @@ def approximation(latents: Tensor, quantized: Tensor, count: int, seed: int = 0)
 
     `quantization_error` is the mean square, `latent_distance` the Frechet distance of Gaussians fitted to the features
     (N, C), `coverage` that of `evaluation.metrics.coverage` between two disjoint draws of COUNT features, `distinct`
-    the share of different features among the quantized ones.
+    the fraction of different features among the quantized ones.
     """
     features, others = features_of(latents), features_of(quantized)
     drawn = features_of(torch.cat([latents, quantized], dim=1), 2 * count, seed)  # both at the same positions
@@ -48,10 +48,10 @@ def approximation(latents: Tensor, quantized: Tensor, count: int, seed: int = 0)
 
 @torch.no_grad()
 def sharpness(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int = 16) -> dict[str, float]:
-    """How sure the assignment of latents (N, C, H, W) is, beside Figure 5: the means over all tokens of all levels.
+    """The confidence of the assignment of latents (N, C, H, W), beside Figure 5: means over all tokens of all levels.
 
-    `top_share` is the share of the surest code, `assignment_entropy` the entropy of the shares in nats (log K: no code
-    is preferred). Attention's shares are its softmax scores. Distances have none; theirs are the probabilities of the
+    `top_1_probability` is that of the top-1 code, `assignment_entropy` the entropy of the probabilities in nats (log K:
+    no code is preferred). Attention's probabilities are its softmax scores. Distances have none; theirs are of the
     codes as centres of Gaussians whose variance is the level's own quantization error, the usual reading of nearest
     neighbours as a mixture. So the two are comparable in kind, not in scale.
     """
@@ -65,12 +65,12 @@ def sharpness(quantizer: ResidualQuantizer, latents: Tensor, batch_size: int = 1
     for batch in latents.split(batch_size):
         scores = confidence(quantizer, batch.to(device), top=quantizer.codebook_size)
         for level, variance in zip(scores, variances, strict=True):
-            shares = level.flatten(0, 2)  # (B p p, K)
+            probabilities = level.flatten(0, 2)  # (B p p, K)
             if variance is not None:
-                shares = (-shares.square() / (2 * variance)).softmax(dim=1)
-            found = torch.stack([shares[:, 0].sum(), torch.special.entr(shares).sum()])
-            sums, tokens = sums + found.double().cpu(), tokens + len(shares)
-    return dict(zip(("top_share", "assignment_entropy"), (sums / tokens).tolist(), strict=True))
+                probabilities = (-probabilities.square() / (2 * variance)).softmax(dim=1)
+            found = torch.stack([probabilities[:, 0].sum(), torch.special.entr(probabilities).sum()])
+            sums, tokens = sums + found.double().cpu(), tokens + len(probabilities)
+    return dict(zip(("top_1_probability", "assignment_entropy"), (sums / tokens).tolist(), strict=True))
 
 
 def code_spread(quantizer: ResidualQuantizer, latents: Tensor, seed: int = 0) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""What the reports measure: PSNR, SSIM, perceptual distance, Frechet distance, quantization error, utilization.
+"""The metrics of the reports: PSNR, SSIM, perceptual distance, Frechet distance, quantization error, utilization.
 
-The streaming measures are torchmetrics metrics: sums in float64 or int64, whose size does not depend on the number of
+The streaming ones are torchmetrics metrics: sums in float64 or int64, whose size does not depend on the number of
 images, added over the processes of a distributed run by `compute`. `ReconstructionMetrics` holds them all and states
 the protocol of each number. A Frechet or perceptual distance on another network than the paper's has another name.
 """
@@ -125,7 +125,7 @@ class QuantizationError(Metric):
 
 
 class Utilization(Metric):
-    """Share of codes used at least once over all images seen, and perplexity of their use; in total and per level.
+    """Fraction of codes used at least once over all images seen, and perplexity of their use; in total and per level.
 
     All levels share one codebook of `codebook_size` codes, so a code counts as used in total if any level used it. A
     level of p x p tokens can have used at most (number of images) x p^2 codes: coarse levels need many images.
@@ -169,8 +169,8 @@ def _used(counts: Tensor) -> Tensor:
 
 
 def _perplexity(counts: Tensor) -> Tensor:
-    shares = counts.double() / counts.sum()
-    return torch.special.entr(shares).sum().exp()
+    frequencies = counts.double() / counts.sum()
+    return torch.special.entr(frequencies).sum().exp()
 
 
 class _PooledFeatures(nn.Module):
@@ -239,7 +239,7 @@ def build_frechet(name: str | None, resolution: int = 224) -> FrechetDistance | 
 
 
 class ReconstructionMetrics(nn.Module):
-    """Every measure of a tokenizer's (or a continuous VAE's) reconstructions, streaming.
+    """Every metric of a tokenizer's (or a continuous VAE's) reconstructions, streaming.
 
     Args:
         codebook_size: K; None for a continuous VAE.
@@ -315,7 +315,7 @@ class ReconstructionMetrics(nn.Module):
             self.utilization.update(indices)
 
     def compute(self) -> dict[str, float]:
-        """The measures by name, over all processes; those that were given nothing are left out, or too few images.
+        """The metrics by name, over all processes; those that were given nothing are left out, or too few images.
 
         `psnr` (dB), `ssim`, the perceptual distance's name, `quantization_error`, `utilization`, `perplexity` and both
         `_level_1`, ..., and `rfid` or `fd_effnet`.
@@ -347,8 +347,8 @@ class ReconstructionMetrics(nn.Module):
             "psnr": f"dB, {images}; {eight_bit}",
             "ssim": f"{images}; {eight_bit}; 11 x 11 Gaussian window, sigma 1.5, valid region, mean of three channels",
             "quantization_error": "mean squared difference in normalised latents, over all elements",
-            "utilization": "share of codes used at least once over the evaluated images",
-            "perplexity": "exp of the entropy in nats of the codes' shares over the evaluated images",
+            "utilization": "fraction of codes used at least once over the evaluated images",
+            "perplexity": "exp of the entropy in nats of the codes' frequencies over the evaluated images",
         }
         if self.perceptual is not None:
             network = "LPIPS, VGG16" if self.perceptual.name == "perceptual_vgg" else "EfficientNet-Lite0, not LPIPS"
@@ -413,7 +413,7 @@ def kernel_distance(reference: Tensor, samples: Tensor, chunk: int = 4096) -> fl
 def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = 3, chunk: int = 1024) -> tuple[float, float]:
     """Improved precision and recall (arXiv:1904.06991) of two sets of features (N, D) and (M, D).
 
-    Precision: share of samples that lie within a reference's distance to its `neighbours`-th nearest other reference.
+    Precision: fraction of samples within a reference's distance to its `neighbours`-th nearest other reference.
     Recall: the same with the sets exchanged. `chunk` rows of distances are held at once.
     """
     if min(len(reference), len(samples)) <= neighbours:
@@ -432,7 +432,7 @@ def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = 3, ch
 
 
 def coverage(reference: Tensor, samples: Tensor, neighbours: int = 3, chunk: int = 1024) -> float:
-    """Share of the references (N, D) that have a sample (M, D) within the distance to their `neighbours`-th nearest
+    """Fraction of the references (N, D) that have a sample (M, D) within the distance to their `neighbours`-th nearest
     other reference (arXiv:2002.09797).
 
     Unlike the recall of `precision_recall` it needs no distances between samples, and so holds for quantized ones,

@@ -396,7 +396,7 @@ CLAIMS = {
         ),
         Claim(
             id="sparse_assignment",
-            title="Attention's assignments are sure",
+            title="Attention assigns with confidence",
             statement="Attention assigns a feature to one code with confidence; distances leave several codes equally "
             "near.",
             source="Figure 5, Section 4",

@@ -138,7 +138,7 @@ def _judge(gains: np.ndarray, smallest: float) -> dict[str, Any]:
 
 
 def _in_words(judged: Mapping[str, Mapping[str, Any]], verdict: str) -> str:
-    """The part that decides: of those with the claim's own verdict the least certain, or the surest that fails."""
+    """The part that decides: of those with the claim's verdict the least certain, or the most certain that fails."""
     decisive = [item for item in judged.items() if item[1]["verdict"] == verdict]
     name, part = (min if verdict == FAILS else max)(decisive, key=lambda item: item[1]["p"])
     low, high = part["interval"]

@@ -94,7 +94,7 @@ def _mean_kernel(
         rows = start + tl.arange(0, BT)
         logits = tl.dot(_load_rows(queries_ptr, rows, tokens, width, D, WIDEN), keys, input_precision=PRECISION) * scale
         largest = tl.load(largest_ptr + rows, mask=rows < tokens, other=0.0)
-        # A row past the end has a normaliser of e^(1e30), so that its share is 0.
+        # A row past the end has a normaliser of e^(1e30), so that its probability is 0.
         log_sum = tl.load(log_sharp_sum_ptr + rows, mask=rows < tokens, other=-LOW)
         total += tl.sum(tl.exp((logits - largest[:, None]) * sharpness - log_sum[:, None]), axis=0)
     tl.store(mean_ptr + columns, total / tokens, mask=columns < codes)

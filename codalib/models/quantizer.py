@@ -56,7 +56,7 @@ def softmax_assignment(
     log_sharp = (logits / entropy_temperature).log_softmax(dim=-1)
     sharp = log_sharp.exp()
     mean = sharp.mean(dim=0)  # (K,)
-    # The entropy term of Eq. 9: each feature sure of its code, all codes wanted equally often.
+    # The entropy term of Eq. 9: each feature confident of its code, all codes wanted equally often.
     entropy = (mean * (mean + ENTROPY_EPS).log()).sum() - (sharp * log_sharp).sum(dim=-1).mean()
     return Assignment(value, hard, indices, entropy)
 

@@ -1,4 +1,4 @@
-"""Which codes suit a feature, and how sure a quantizer is of the one it takes (Fig. 5 of arXiv:2503.17760)."""
+"""Which codes suit a feature, and with what confidence a quantizer takes one (Fig. 5 of arXiv:2503.17760)."""
 
 from typing import NamedTuple
 

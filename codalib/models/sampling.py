@@ -127,7 +127,7 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each of PLACES (M,): tokens (B, L) with them filled in, and their log-probabilities (B, L).
 
-    Of the logits before the temperature: at a low temperature all draws would otherwise be equally sure.
+    Of the logits before the temperature: at a low temperature all draws would otherwise be equally confident.
     """
     if guidance:
         absent = torch.arange(2 * len(tokens), device=tokens.device) >= len(tokens)

@@ -39,7 +39,7 @@ class Tokens(list[Tensor]):
 
     @property
     def utilization(self) -> float:
-        """The share of the codebook that the levels use together, in [0, 1]."""
+        """The fraction of the codebook that the levels use together, in [0, 1]."""
         codes = torch.cat([level.flatten() for level in self])
         return len(codes[codes >= 0].unique()) / self.codebook_size
 

@@ -109,7 +109,7 @@ def train_maskgit(
 ) -> MaskGIT:
     """Train a generator on cached tokens, resuming what `folder` holds, and return it with averaged weights, frozen.
 
-    Logs `loss` (with label smoothing) and at every evaluation what `metrics_from` names. Every process takes its share
+    Logs `loss` (with label smoothing) and at every evaluation what `metrics_from` names. Every process takes its part
     of a step and of the validation; the processes' losses are averaged as they are, though each masks another number
     of tokens.
 
@@ -231,10 +231,10 @@ def condition_from(
 def validation_sums(
     model: MaskGIT, cache: TokenCache, condition_of, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """Sums over a cache's first view that `metrics_from` turns into measures: (levels, 3) float64.
+    """Sums over a cache's first view that `metrics_from` turns into metrics: (levels, 3) float64.
 
-    For each level: the cross-entropy (nats, without label smoothing), how many tokens are right, how many were hidden.
-    Which tokens of an image are hidden (cosine) depends on the seed and the image alone. Process `rank` of
+    For each level: the cross-entropy (nats, without label smoothing), how many tokens are right, how many were masked.
+    Which tokens of an image are masked (cosine) depends on the seed and the image alone. Process `rank` of
     `world_size` takes every world_size-th row.
     """
     device = model.positions.device
@@ -261,8 +261,8 @@ def validation_sums(
 
 def metrics_from(sums: Tensor) -> dict[str, float]:
     """`val_loss` (nats a masked token), `val_accuracy`, and both `_level_1`, ... for the levels that hid a token."""
-    loss, right, hidden = sums.sum(0).tolist()
-    measures = {"val_loss": loss / hidden, "val_accuracy": right / hidden}
+    loss, right, masked = sums.sum(0).tolist()
+    metrics = {"val_loss": loss / masked, "val_accuracy": right / masked}
     for name, column in (("val_loss", 0), ("val_accuracy", 1)):
-        measures |= {f"{name}_level_{i + 1}": (row[column] / row[2]).item() for i, row in enumerate(sums) if row[2] > 0}
-    return measures
+        metrics |= {f"{name}_level_{i + 1}": (row[column] / row[2]).item() for i, row in enumerate(sums) if row[2] > 0}
+    return metrics

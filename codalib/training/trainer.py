@@ -393,7 +393,7 @@ class Trainer:
 
 
 class TrainingLog(list[dict[str, float]]):
-    """The rows of a stage's log: step, seconds, and the named terms and measures of that step."""
+    """The rows of a stage's log: step, seconds, and the named terms and metrics of that step."""
 
 
 def read_log(folder: str | Path) -> TrainingLog:

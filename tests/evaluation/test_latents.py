@@ -48,7 +48,7 @@ def test_sharpness_is_that_of_shares_written_out(latents):
     logits = attn.queries(features) @ attn.keys(quantizer.codebooks.weight).T * 32**-0.5
     expected = logits.softmax(1)
     found = sharpness(quantizer, latents)
-    assert found["top_share"] == pytest.approx(expected.max(1).values.mean().item(), rel=1e-5)
+    assert found["top_1_probability"] == pytest.approx(expected.max(1).values.mean().item(), rel=1e-5)
     assert found["assignment_entropy"] == pytest.approx(torch.special.entr(expected).sum(1).mean().item(), rel=1e-5)
 
     quantizer = quantizer_of("nearest")
@@ -56,7 +56,7 @@ def test_sharpness_is_that_of_shares_written_out(latents):
     variance = squared.min(1).values.mean() / 4
     expected = (-squared / (2 * variance)).softmax(1)
     found = sharpness(quantizer, latents)
-    assert found["top_share"] == pytest.approx(expected.max(1).values.mean().item(), rel=1e-4)
+    assert found["top_1_probability"] == pytest.approx(expected.max(1).values.mean().item(), rel=1e-4)
     assert 0 < found["assignment_entropy"] < math.log(16)
 
 
@@ -77,4 +77,4 @@ def test_sharpness_of_several_levels_is_the_mean_over_their_tokens(latents):
     quantizer = quantizer_of("attention", scales=(1, 4))
     scores = [level.flatten(0, 2) for level in confidence(quantizer, latents, top=16)]
     expected = torch.cat(scores)[:, 0].mean().item()
-    assert sharpness(quantizer, latents, batch_size=7)["top_share"] == pytest.approx(expected, rel=1e-5)
+    assert sharpness(quantizer, latents, batch_size=7)["top_1_probability"] == pytest.approx(expected, rel=1e-5)
