@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,18 @@ def set_threads() -> int:
         number = meter.free_cores()
     os.environ["OMP_NUM_THREADS"] = str(number)
     return number
+
+
+def keep_niceness() -> None:
+    """Have this process's niceness count beside other sessions' processes, where the system groups sessions.
+
+    Linux with autogroups shares a core out between sessions first, and a kernel is a session of its own: niceness alone
+    counts within it. Nothing is done where there are no such groups.
+    """
+    group = Path("/proc/self/autogroup")
+    if group.exists():
+        with suppress(OSError):  # in a container it may be read-only
+            group.write_text(str(os.nice(0)))
 
 
 class LoadMeter:

@@ -1,4 +1,4 @@
-"""Images in, tensors out: the embedded emoji and folders of images, in a seeded order that a run can resume.
+"""Images in, tensors out: the emoji, folders, tables and tars of images, in a seeded order that a run can resume.
 
 The order is a pure function of (seed, step): a run that stops at step s continues with exactly the images it would have
 seen, whatever the number of processes or workers, and so do the random crops.
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from codalib.base.files import file_digests, printable
 from codalib.base.paths import DATA, embedded, fetched
-from codalib.datasets.pictures import UnreadableImage, read_rgb, square, to_tensor
+from codalib.datasets.archives import Row, Stored, class_names, table_rows, tar_rows
+from codalib.datasets.pictures import DataError, UnreadableImage, read_rgb, square, to_tensor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 EMOJI_FOLDER = DATA / "emoji"
@@ -39,27 +42,27 @@ COMPARED_IMAGES = 200_000  # of both splits, at most: of more, nearly every file
 MAX_UNREADABLE = 0.01  # share of a data set's images, and one at least; a run that meets more stops
 
 
-class DataError(ValueError):
-    """The data is not what a run needs; the message says what was found, what was expected and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image: where its bytes are, its class, its captions (one at least)."""
 
     name: str
     label: int
     captions: tuple[str, ...]
-    stored: bytes | None = None  # None: read the file `name`
+    stored: bytes | Stored | None = None  # None: read the file `name`
     group: str | None = None  # images of one group stay on one side of a split; None: it is alone
 
     @property
     def caption(self) -> str:
         """The first of its captions."""
         return self.captions[0]
+
+    @property
+    def picture(self) -> str | bytes:
+        """The path of its file, or its bytes; UnreadableImage where these cannot be had."""
+        if self.stored is None:
+            return self.name
+        return self.stored.read() if isinstance(self.stored, Stored) else self.stored
 
 
 class ImageDataset(Dataset):
@@ -87,14 +90,20 @@ class ImageDataset(Dataset):
     def content_digest(self) -> str:
         """Changes with the classes, the images' order, names, labels, captions and bytes: 16 hex digits.
 
-        Names count from the folder that holds them all, so that a data set may be moved.
+        Names count from the folder that holds them all, so that a data set may be moved. Of a picture in an archive the
+        archive's bytes and the place in it count.
         """
         files = [item.name for item in self.items if item.stored is None]
         contents = file_digests(files)
         root = os.path.commonpath({os.path.dirname(file) for file in files}) if files else ""
         digest = hashlib.sha256(repr(self.classes).encode())
         for item in self.items:
-            content = contents[item.name] if item.stored is None else hashlib.sha256(item.stored).hexdigest()
+            if item.stored is None:
+                content = contents[item.name]
+            elif isinstance(item.stored, Stored):
+                content = item.stored.content
+            else:
+                content = hashlib.sha256(item.stored).hexdigest()
             row = item.name.removeprefix(root), item.label, item.captions, item.group, content
             digest.update(repr(row).encode())
         return digest.hexdigest()[:16]
@@ -124,7 +133,7 @@ class ImageDataset(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         item = self.items[index]
         try:
-            rgb = read_rgb(item.name if item.stored is None else item.stored, partial(self._warn_of_guess, item.name))
+            rgb = read_rgb(item.picture, partial(self._warn_of_guess, item.name))
         except UnreadableImage as error:
             log.warning("skipped unreadable image %s (%s)", printable(item.name), printable(str(error)))
             return None
@@ -166,9 +175,15 @@ def load_dataset(
     Args:
         name: "emoji" (embedded, 9 classes, 64 x 64), "imagefolder:PATH" (PATH/train/CLASS/*.jpg, PATH/val/...),
             "coco:PATH" (PATH/annotations/captions_train2014.json, PATH/train2014/*.jpg and the same of val2014; or
-            2017) or "folder:PATH" (images of any sizes in PATH and below, all of one class; a tenth of them, chosen by
-            their names, is the validation split). Hidden files and folders are left out, and an environment variable in
-            PATH is filled in: "imagefolder:$IMAGENET".
+            2017), "folder:PATH" (images of any sizes in PATH and below, all of one class; a tenth of them, chosen by
+            their names, is the validation split), "parquet:PATH" (a Hub mirror's folder with train and validation in
+            the names of its files or folders, or one file; columns image, label, caption), "hf:NAME" (what
+            `datasets.load_dataset` takes: a folder or a name on the Hub, NAME:CONFIG for one of its configurations) or
+            "webdataset:PATH/{000..127}.tar" (jpg, png or webp with cls, txt or json; train and val in the names). Of
+            the last three too a tenth is held out where they have no validation split. Both of `datasets` are written
+            to its cache once, so that any row is reached at once: room for a second copy.
+            Hidden files and folders are left out, and an environment variable in PATH is filled in:
+            "imagefolder:$IMAGENET".
         split: "train" or "val".
         resolution: side of the square images, pixels.
         random_crop: the training transform; by default for the training split only.
@@ -184,14 +199,11 @@ def load_dataset(
     kind, _, path = name.partition(":")
     if name == "emoji":
         items, classes = _emoji(split)
-    elif kind == "imagefolder" and path:
-        items, classes = _imagefolder(_filled_in(path), split)
-    elif kind == "coco" and path:
-        items, classes = _coco(_filled_in(path), split)
-    elif kind == "folder" and path:
-        items, classes = _folder(_filled_in(path), split)
+    elif kind in KINDS and path:
+        items, classes = KINDS[kind](_filled_in(path), split)
     else:
-        raise DataError(f"data set is {name!r}, expected 'emoji', 'imagefolder:PATH', 'coco:PATH' or 'folder:PATH'")
+        known = ", ".join(f"'{kind}:PATH'" for kind in KINDS)
+        raise DataError(f"data set is {name!r}, expected 'emoji' or one of {known}")
     if limit is not None:
         if limit < 1:
             raise DataError(f"limit is {limit}, expected at least 1 image")
@@ -210,6 +222,38 @@ def _emoji(split: str) -> tuple[list[Item], list[str]]:
         for name, row in zip(names, rows, strict=True)
     ]
     return items, classes
+
+
+def _archive(kind: str, place: Path, split: str) -> tuple[list[Item], list[str]]:
+    rows, classes = (tar_rows(str(place)), None) if kind == "webdataset" else table_rows(str(place), kind == "parquet")
+    if not sum(map(len, rows.values())):
+        raise DataError(f"{place} holds no pictures: expected one at least for each split")
+    log.info("not compared whether pictures of %s are in both splits", place)
+    classes = classes or class_names({row.label for own in rows.values() for row in own}, str(place))
+    if "val" not in rows:
+        rows = _hold_out(rows["train"], [row.name for row in rows["train"]])
+    if split not in rows:
+        raise DataError(f"{place} has no split {split!r}: expected train in the name of a file, a folder or a split")
+    numbers = {name: number for number, name in enumerate(classes)}
+    spoken = [(printable(name.replace("_", " ")),) for name in classes]
+
+    def item(row: Row) -> Item:
+        label = row.label if isinstance(row.label, int) else numbers.get(row.label or "image", -1)
+        if not 0 <= label < len(classes):
+            raise DataError(f"{row.name} of {place} has the label {label}, expected 0 to {len(classes) - 1}")
+        return Item(row.name, label, tuple(map(printable, row.captions)) or spoken[label], row.stored)
+
+    return [item(row) for row in rows[split]], [printable(name) for name in classes]
+
+
+def _hold_out(members: Sequence[T], names: Sequence[str | bytes]) -> dict[str, list[T]]:
+    """Those of a split without a validation set: the tenth whose names' hashes are lowest is held out."""
+    if len(members) < 2:
+        raise DataError(f"{names[0]} is the only picture, expected at least 2: one to train on and one to measure on")
+    ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(os.fsencode(names[i])).digest())
+    held_out = max(min(HELD_OUT_IMAGES, len(names) // 2), round(HELD_OUT * len(names)))
+    sides = {"train": ranked[held_out:], "val": ranked[:held_out]}
+    return {side: [members[i] for i in sorted(own)] for side, own in sides.items()}
 
 
 def _filled_in(path: str) -> Path:
@@ -280,7 +324,7 @@ def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
 
 
 def _folder(root: Path, split: str) -> tuple[list[Item], list[str]]:
-    """The images of a folder of any layout; the tenth whose names' hashes are lowest is held out for validation."""
+    """The images of a folder of any layout, a tenth held out."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder: give folder:PATH with images in PATH or below")
     files = _image_files(root)
@@ -289,11 +333,17 @@ def _folder(root: Path, split: str) -> tuple[list[Item], list[str]]:
             f"{root} holds {len(files)} images ({', '.join(sorted(IMAGE_SUFFIXES))}), expected at least 2: "
             "one to train on and one to measure on"
         )
-    ranked = sorted(files, key=lambda path: hashlib.sha256(os.fsencode(os.path.relpath(path, root))).digest())
-    held_out = max(min(HELD_OUT_IMAGES, len(files) // 2), round(HELD_OUT * len(files)))
-    sides = {"train": sorted(ranked[held_out:]), "val": sorted(ranked[:held_out])}
+    sides = _hold_out(files, [os.path.relpath(path, root) for path in files])
     _check_apart(*sides.values())
     return [Item(path, 0, (printable(Path(path).stem.replace("_", " ")),)) for path in sides[split]], ["image"]
+
+
+KINDS = {
+    "imagefolder": _imagefolder,
+    "coco": _coco,
+    "folder": _folder,
+    **{kind: partial(_archive, kind) for kind in ("parquet", "hf", "webdataset")},
+}
 
 
 def _visible(name: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from codalib.base.files import printable
 from codalib.base.paths import fetched
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,13 @@ WHITES = (1, 255, 4095, 65535)  # the value of white: of floats, of 8, 12 and 16
 OVERSHOOT = 0.5  # of white: how far floats may lie outside [0, white], as resampling leaves them
 BITS, PHOTOMETRIC, BLACK, WHITE = 258, 262, 340, 341  # TIFF's tags; 280 and 281 are but statistics of the pixels
 ELONGATED = 8  # a picture this many times as long as wide is resized only where the crop lies
+
+
+class DataError(ValueError):
+    """The data is not what a run needs; the message says what was found, what was expected and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UnreadableImage(ValueError):

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 def encode(arguments: Sequence[str] | None = None) -> int:
     """Encode a data set's images into a folder of shards; goes on where an interrupted call stopped."""
     parser = _parser("encode", encode.__doc__)
-    parser.add_argument("dataset", help='"emoji", imagefolder:PATH, folder:PATH or coco:PATH')
+    parser.add_argument("dataset", help='"emoji", imagefolder:PATH, webdataset:PATH/{000..127}.tar, ...')
     parser.add_argument("--split", choices=SPLITS, default="train", help="of the data set (train)")
     parser.add_argument("--limit", type=positive, help="images, evenly spread (all)")
     parser.add_argument("--views", type=positive, default=1, help="encodings of an image, each with new noise (1)")

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from codalib.base.files import atomic_write, read_json, write_json, writing
@@ -34,6 +34,7 @@ from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE
 from codalib.models.checks import check_finite
 from codalib.training.settings import LoopSettings
+from codalib.training.trackers import chosen_tracker, start_tracker
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Trainer:
 
     Args:
         settings: the stage's settings.
-        folder: receives log.jsonl, tensorboard/ and checkpoints/<fingerprint>/step-N.
+        folder: receives log.jsonl, checkpoints/<fingerprint>/step-N and, by `training.trackers`, tensorboard/.
         module: what is trained (its trainable parameters are saved and averaged).
         optimizers: name -> optimiser; each parameter belongs to `module` or to `companions`.
         companions: further modules whose state belongs to a checkpoint (the discriminator), name -> module.
@@ -135,6 +136,7 @@ class Trainer:
         ema_ramp: int = 1,
         **inputs,
     ):
+        chosen_tracker()  # raises before any work
         self.settings, self.folder, self.accelerator = settings, Path(folder), accelerator
         self.module, self.optimizers, self.companions = module, optimizers, companions or {}
         inputs["processes"] = accelerator.num_processes  # the batch is shared by all of them
@@ -173,7 +175,8 @@ class Trainer:
         main, started, before = self.accelerator.is_main_process, time.monotonic(), self.seconds
         watch = ThreadWatch() if self.accelerator.num_processes == 1 else None
         with writing(self.folder):
-            writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step) if main else None
+            run, settings = self.checkpoints.name, dataclasses.asdict(self.settings)
+            tracker = start_tracker(self.folder, run, self.step, settings) if main else None
         stream = stage.batches(self.step * self.settings.accumulation)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=description, disable=not main, mininterval=2.0)
         while not self.ends:
@@ -204,13 +207,13 @@ class Trainer:
                 with self.averaged():
                     row |= stage.evaluate()
             if row and main:
-                self._log(row | {"rate": rate}, writer)
+                self._log(row | {"rate": rate}, tracker)
             if self._due(self.settings.checkpoint_every):
                 self.save()
             bar.update()
         bar.close()
-        if writer:
-            writer.close()
+        if tracker:
+            tracker.finish()
 
     @property
     def _looks(self) -> tuple[int, ...]:
@@ -260,12 +263,12 @@ class Trainer:
         finally:
             self.ema.restore(parameters)
 
-    def _log(self, row: dict[str, float], writer: SummaryWriter) -> None:
+    def _log(self, row: dict[str, float], tracker: GeneralTracker | None) -> None:
         with writing(self.folder):
             with open(self.folder / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 2), **row}) + "\n")
-            for name, value in row.items():
-                writer.add_scalar(name, value, self.step)
+            if tracker:
+                tracker.log(row, self.step)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

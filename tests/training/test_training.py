@@ -445,10 +445,10 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(stopped, monkeypatch):
 def test_a_full_disk_under_the_log_is_one_sentence_that_names_it(stopped, monkeypatch):
     folder, whole = stopped
 
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("codalib.training.trainer.SummaryWriter.add_scalar", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     with pytest.raises(OSError, match=r"expected a folder that can be written, got .*run \(No space left"):
         fit(folder)
     monkeypatch.undo()

@@ -1,0 +1,281 @@
+"""Pictures inside larger files, read where they lie: Parquet and Arrow through `datasets`, and WebDataset's tars.
+
+Nothing but names, labels and captions is held in memory, whatever the number of pictures. Any picture is reached at
+once, so that the seeded order, resuming and the transforms are those of `datasets.images` for every source.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+from braceexpand import braceexpand
+from tqdm.auto import tqdm
+
+from codalib.base.files import atomic_write, file_digest, file_digests
+from codalib.base.paths import fetched, runs_folder
+from codalib.datasets.pictures import DataError, UnreadableImage
+
+IMAGE, LABEL, CAPTION = ("image", "img"), ("label", "cls"), ("caption", "captions", "text")  # names of columns
+TAR_IMAGES = {"jpg", "jpeg", "png", "webp"}
+VALIDATION = ("validation", "test")  # names that `datasets` gives to splits, the first that is there is measured on
+SIDE = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|dev|test))(?![a-z])", re.IGNORECASE)
+HUB_TIMEOUT = 10  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One picture's bytes in an archive."""
+
+    archive: "Rows | Tar"
+    place: int | tuple[int, int]  # the row; of a tar the first byte and how many
+
+    def read(self) -> bytes:
+        """Raises UnreadableImage where they cannot be read."""
+        try:
+            return self.archive.read(self.place)
+        except OSError as error:
+            raise UnreadableImage(str(error)) from error
+
+    @property
+    def content(self) -> str:
+        """Changes with the archive's bytes and the place in it."""
+        return f"{self.archive.digest} {self.place}"
+
+
+class Row(NamedTuple):
+    """One picture of an archive, with what is said of it there."""
+
+    name: str
+    stored: Stored
+    label: str | int | None
+    captions: list[str]
+
+
+class Rows:
+    """The pictures of one split of `datasets`, memory-mapped; SOURCES are the files or Hub addresses it was read from.
+
+    An address on the Hub names its commit, and stands for its bytes.
+    """
+
+    def __init__(self, table: Any, column: str, sources: Iterable[str]):
+        from datasets import Image  # slow to import
+
+        self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
+        self.column, self.sources = column, list(sources)
+
+    @cached_property
+    def digest(self) -> str:
+        local = file_digests(path for path in self.sources if "://" not in path)
+        return hashlib.sha256(repr([local.get(path, path) for path in self.sources]).encode()).hexdigest()[:16]
+
+    def read(self, row: int) -> bytes:
+        cell = self.table[row][self.column]
+        if cell is None:
+            raise UnreadableImage("the row has no picture")
+        return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
+
+
+class Tar:
+    """An uncompressed tar of WebDataset's."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    @cached_property
+    def digest(self) -> str:
+        return file_digest(self.path)[:16]
+
+    def read(self, place: tuple[int, int]) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(place[0])
+            return file.read(place[1])
+
+    def rows(self) -> list[Row]:
+        """The samples in the tar's order; the index is kept in `runs/tars` where there is a folder of runs."""
+        state = os.stat(self.path)
+        key = repr((os.path.abspath(self.path), state.st_size, state.st_mtime_ns))
+        kept = runs_folder("tars") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
+        if kept.exists():
+            table = pq.read_table(kept)
+        else:
+            table = pa.Table.from_pylist(self._samples(), _INDEX)
+            if runs_folder().exists():
+                with atomic_write(kept, "wb") as file:
+                    pq.write_table(table, file)
+        return [
+            Row(row["key"], Stored(self, (row["offset"], row["size"])), row["label"], row["captions"])
+            for row in table.to_pylist()
+        ]
+
+    def _samples(self) -> list[dict]:
+        samples: dict[str, dict] = {}
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                for member in tar:
+                    folder, name = os.path.split(member.name)
+                    stem, _, ending = name.partition(".")
+                    if not member.isfile() or not stem:
+                        continue
+                    sample = samples.setdefault(f"{folder}/{stem}", {"label": None, "captions": []})
+                    if ending.lower().rpartition(".")[2] in TAR_IMAGES:
+                        sample |= {"key": f"{folder}/{stem}", "offset": member.offset_data, "size": member.size}
+                    elif ending in ("cls", "txt", "json"):
+                        _add(sample, ending, tar.extractfile(member).read())
+        except (tarfile.TarError, OSError, ValueError) as error:
+            fetched(self.path)
+            raise DataError(
+                f"{self.path} is no whole, uncompressed tar of WebDataset ({error}): write it anew"
+            ) from error
+        return [sample for sample in samples.values() if "key" in sample]
+
+
+_INDEX = pa.schema(
+    {
+        "key": pa.string(),
+        "offset": pa.int64(),
+        "size": pa.int64(),
+        "label": pa.string(),
+        "captions": pa.list_(pa.string()),
+    }
+)
+
+
+def _add(sample: dict, ending: str, stored: bytes) -> None:
+    """Put what a tar's text file says of a picture into SAMPLE."""
+    said = (
+        json.loads(stored) if ending == "json" else {"label" if ending == "cls" else "caption": stored.decode().strip()}
+    )
+    said = said if isinstance(said, dict) else {}
+    label = next((said[name] for name in LABEL if name in said), None)
+    sample["label"] = sample["label"] if label is None else str(label)
+    sample["captions"] += _captions(next((said[name] for name in CAPTION if name in said), None))
+
+
+def _captions(cell: str | list | None) -> list[str]:
+    return [text for text in ([cell] if isinstance(cell, str) else cell or []) if text]
+
+
+def tar_rows(pattern: str) -> dict[str, list[Row]]:
+    """Split -> the samples of the tars that PATTERN names: braces {000..127}, {a,b}, or a folder of tars.
+
+    Raises DataError where a tar is missing.
+    """
+    paths = list(braceexpand(pattern, escape=False))
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        paths = sorted(map(str, Path(paths[0]).rglob("*.tar")))
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing or not paths:
+        found = f"{len(missing)} of {len(paths)} missing ({missing[0]})" if missing else "none"
+        raise DataError(f"expected the tars {pattern}, got {found}: fetch them, or mend the numbers in the braces")
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    rows: dict[str, list[Row]] = {}
+    for path in tqdm(paths, desc="tars", delay=5, leave=False):
+        name = os.path.relpath(path, root)
+        sides = SIDE.findall(name)
+        own = rows.setdefault("val" if sides and sides[-1][1] else "train", [])
+        own += [row._replace(name=f"{name}{row.name}") for row in Tar(path).rows()]
+    return rows
+
+
+def table_rows(place: str, parquet: bool) -> tuple[dict[str, list[Row]], list[str] | None]:
+    """Split -> the rows of what `datasets` loads, and the names of its classes where it knows them.
+
+    Args:
+        place: with PARQUET a file, a pattern or a folder of Parquet files; else what `datasets.load_dataset` takes, a
+            folder or a name on the Hub, or a folder of `save_to_disk`. NAME:CONFIG takes one of its configurations.
+    Raises:
+        DataError: nothing there, no network, or no picture in it.
+    """
+    import datasets  # slow to import
+
+    local = Path(place).exists() or parquet
+    name, _, config = (place, "", "") if local else place.partition(":")
+    try:
+        if Path(place, "dataset_dict.json").is_file():
+            tables = datasets.load_from_disk(place)
+            sources = {split: [file["filename"] for file in table.cache_files] for split, table in tables.items()}
+        else:
+            if local:
+                files = Path(place).rglob("*.parquet") if Path(place).is_dir() else [Path(place)]
+                for file in files:
+                    fetched(file)
+            else:
+                _check_hub(name)
+            what = {"data_dir" if Path(place).is_dir() else "data_files": place} if parquet else {}
+            builder = datasets.load_dataset_builder("parquet" if parquet else name, config or None, **what)
+            sources = builder.config.data_files
+            builder.download_and_prepare()
+            tables = builder.as_dataset()
+    except DataError:
+        raise
+    except Exception as error:  # those of `datasets`, of its readers and of the HTTP client are of many kinds
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise DataError(
+            f"{place} cannot be opened as a data set of images ({cause}): give another path or name"
+        ) from error
+    names = {"train": ["train"], "val": [*VALIDATION]}
+    chosen = {side: next((split for split in own if split in tables), None) for side, own in names.items()}
+    rows, classes = {}, None
+    for side, split in chosen.items():
+        if split is not None:
+            rows[side], classes = _rows(tables[split], split, sources[split], place)
+    if not rows:
+        raise DataError(f"{place} has the splits {', '.join(tables)}, expected train, and validation or test")
+    return rows, classes
+
+
+def _check_hub(name: str) -> None:
+    """DataError at once where the Hub cannot be reached: `datasets` itself tries for 23 s."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+    except Exception as error:  # those of huggingface_hub's HTTP client, which is another in each of its versions
+        cause = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{name} is no folder here and cannot be fetched from the Hub ({cause}): without a network give a local "
+            "folder, or set HF_HUB_OFFLINE=1 for what was fetched before; for a gated data set set HF_TOKEN"
+        ) from error
+
+
+def _rows(table: Any, split: str, sources: Iterable[str], place: str) -> tuple[list[Row], list[str] | None]:
+    found = [next((name for name in known if name in table.column_names), None) for known in (IMAGE, LABEL, CAPTION)]
+    image, label, caption = found
+    if image is None:
+        raise DataError(f"{place} has the columns {', '.join(table.column_names)}, expected {' or '.join(IMAGE)}")
+    archive = Rows(table, image, map(str, sources))
+
+    def column(name: str | None) -> list:
+        none = [None] * len(table)
+        return table.select_columns([name]).with_format("arrow")[:][name].to_pylist() if name and len(table) else none
+
+    rows = [
+        Row(f"{split}, row {number}", Stored(archive, number), own, _captions(text))
+        for number, (own, text) in enumerate(zip(column(label), column(caption), strict=True))
+    ]
+    return rows, getattr(table.features[label], "names", None) if label else None
+
+
+def class_names(labels: set, place: str) -> list[str]:
+    """The classes of labels that are numbers, or names, or are all missing (one class, "image")."""
+    if labels == {None}:
+        return ["image"]
+    if None in labels:
+        raise DataError(f"{place} holds pictures with and without a label, expected one for each or for none")
+    if not all(str(label).removeprefix("-").isdecimal() for label in labels):
+        return sorted(map(str, labels))
+    if min(map(int, labels)) < 0:
+        raise DataError(
+            f"{place} has the label {min(map(int, labels))}, expected numbers from 0 on: take another split"
+        )
+    return [str(number) for number in range(max(map(int, labels)) + 1)]

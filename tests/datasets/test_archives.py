@@ -1,0 +1,195 @@
+"""The same pictures from folders, COCO, Parquet, `datasets` and tars give the same tensors, in the same order."""
+
+import io
+import itertools
+import json
+import pickle
+import tarfile
+import time
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from codalib.datasets import archives
+from codalib.datasets.images import load_dataset, training_batches
+
+SPLITS = {"train": 8, "validation": 4}
+CLASSES = ["cat", "dog"]
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "runs").mkdir()
+
+
+def jpeg(number):
+    stored = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((40, 50)).save(stored, "JPEG")
+    return stored.getvalue()
+
+
+PICTURES = {  # split -> (picture, label), one class after the other, as in a folder
+    split: [(jpeg(1000 * offset + 100 * label + i), label) for label in (0, 1) for i in range(count // 2)]
+    for offset, (split, count) in enumerate(SPLITS.items())
+}
+
+
+def add(tar, name, stored):
+    member = tarfile.TarInfo(name)
+    member.size = len(stored)
+    tar.addfile(member, io.BytesIO(stored))
+
+
+def write_tars(root, shard=4):
+    for split, pictures in PICTURES.items():
+        for start in range(0, len(pictures), shard):
+            with tarfile.open(root / f"{split}-{start // shard:03d}.tar", "w") as tar:
+                for number, (stored, label) in enumerate(pictures[start : start + shard], start):
+                    add(tar, f"./{number:05d}.jpg", stored)
+                    add(tar, f"./{number:05d}.cls", CLASSES[label].encode())
+
+
+def table(split):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    images = [{"bytes": stored, "path": f"{i}.jpg"} for i, (stored, _) in enumerate(PICTURES[split])]
+    columns = {"image": images, "label": [label for _, label in PICTURES[split]]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def write_all(root):
+    """Source -> its name, for `load_dataset`."""
+    for place in ("parquet/data", "tars", "coco/annotations"):
+        (root / place).mkdir(parents=True)
+    for split, pictures in PICTURES.items():
+        short = {"validation": "val"}.get(split, split)
+        (root / "coco" / f"{short}2017").mkdir()
+        for number, (stored, label) in enumerate(pictures):
+            place = root / "folder" / short / CLASSES[label] / f"{number:05d}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(stored)
+            (root / "coco" / f"{short}2017" / f"{number}.jpg").write_bytes(stored)
+        rows = {
+            "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(len(pictures))],
+            "annotations": [{"image_id": i, "caption": CLASSES[label]} for i, (_, label) in enumerate(pictures)],
+        }
+        (root / "coco" / "annotations" / f"captions_{short}2017.json").write_text(json.dumps(rows))
+        table(split).to_parquet(root / "parquet" / "data" / f"{split}-00000-of-00001.parquet", batch_size=3)
+    datasets.DatasetDict({split: table(split) for split in SPLITS}).save_to_disk(root / "saved")
+    write_tars(root / "tars")
+    return {
+        "imagefolder": f"imagefolder:{root}/folder",
+        "coco": f"coco:{root}/coco",
+        "parquet": f"parquet:{root}/parquet",
+        "hf": f"hf:{root}/parquet",
+        "hf, a folder of images": f"hf:{root}/folder",
+        "hf, saved to disk": f"hf:{root}/saved",
+        "webdataset": f"webdataset:{root}/tars/{{train-{{000..001}},validation-000}}.tar",
+        "webdataset, a folder": f"webdataset:{root}/tars",
+    }
+
+
+def test_every_source_gives_the_same_tensors_labels_captions_and_order(tmp_path):
+    names = write_all(tmp_path)
+    digests = {}
+    for split in ("train", "val"):
+        expected = load_dataset(names["imagefolder"], split, 16)
+        assert len(expected) == SPLITS.get(split, 4)
+        first = list(itertools.islice(training_batches(expected, 3, seed=1, start_step=2), 4))
+        for source, name in names.items():
+            found = load_dataset(name, split, 16)
+            assert len(found) == len(expected), source
+            for batch, other in zip(first, training_batches(found, 3, seed=1, start_step=2), strict=False):
+                assert torch.equal(batch["image"], other["image"]), source
+                assert batch["caption"] == other["caption"], source
+                if source != "coco":  # which has no classes
+                    assert torch.equal(batch["label"], other["label"]), source
+                    assert found.classes == CLASSES, source
+            digests[source, split] = found.content_digest
+    assert digests["parquet", "val"] == digests["hf", "val"]
+    assert digests["webdataset", "train"] == digests["webdataset, a folder", "train"]
+    assert len({digests[source, "val"] for source in ("imagefolder", "coco", "parquet", "webdataset")}) == 4
+    moved = (tmp_path / "tars").rename(tmp_path / "moved")
+    assert load_dataset(f"webdataset:{moved}", "train", 16).content_digest == digests["webdataset", "train"]
+
+
+def test_a_picture_stays_in_its_archive_and_its_place_travels_to_other_processes(tmp_path):
+    for name in (value for key, value in write_all(tmp_path).items() if key in ("parquet", "webdataset")):
+        item = load_dataset(name, "train", 16).items[2]
+        assert pickle.loads(pickle.dumps(item.stored)).read() == item.picture == PICTURES["train"][2][0]
+        assert not isinstance(item.stored, bytes)
+
+
+def test_an_archive_that_changed_is_read_anew_and_has_another_digest(tmp_path, monkeypatch):
+    write_tars(tmp_path, shard=8)
+    name, path = f"webdataset:{tmp_path}/{{train,validation}}-000.tar", tmp_path / "train-000.tar"
+    before = load_dataset(name, "train", 16)
+    calls = []
+    monkeypatch.setattr(archives.Tar, "_samples", lambda self, own=archives.Tar._samples: calls.append(1) or own(self))
+    load_dataset(name, "train", 16)
+    assert not calls  # the kept index was read
+    time.sleep(0.02)
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a/x.y.PNG", jpeg(5))
+        add(tar, "a/x.json", json.dumps({"label": "dog", "captions": ["one", "two"]}).encode())
+        add(tar, "a/z.txt", b"of no picture")
+    after = load_dataset(name, "train", 16)
+    assert [(item.label, item.captions) for item in after.items] == [(1, ("one", "two"))]
+    assert after.content_digest != before.content_digest
+
+
+def test_without_a_validation_split_a_tenth_is_held_out(tmp_path):
+    images = [{"bytes": jpeg(i), "path": None} for i in range(30)]
+    path = tmp_path / "all.parquet"
+    pq.write_table(pa.table({"img": images, "label": [i % 3 for i in range(30)], "text": ["", None, "c"] * 10}), path)
+    train, val = (load_dataset(f"parquet:{path}", split, 16) for split in ("train", "val"))
+    assert (len(train), len(val)) == (27, 3)
+    assert not {item.name for item in train.items} & {item.name for item in val.items}
+    assert train.classes == ["0", "1", "2"]
+    assert {(item.label, item.caption) for item in train.items} == {(0, "0"), (1, "1"), (2, "c")}
+
+
+def test_bad_archives_are_one_sentence(tmp_path, monkeypatch):
+    def message(name):
+        with pytest.raises(ValueError, match=r"\w") as error:
+            load_dataset(name, "train", 16)
+        return str(error.value)
+
+    assert "got 2 of 2 missing" in message(f"webdataset:{tmp_path}/{{0..1}}.tar")
+    (tmp_path / "0.tar").write_bytes(b"no tar" * 500)
+    assert "no whole, uncompressed tar" in message(f"webdataset:{tmp_path}/0.tar")
+    (tmp_path / "0.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "Git LFS pointer" in message(f"webdataset:{tmp_path}/0.tar")
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    assert "holds no pictures" in message(f"webdataset:{tmp_path}/0.tar")
+    assert "cannot be opened" in message(f"parquet:{tmp_path}/nowhere")
+    pq.write_table(pa.table({"pixels": [1]}), tmp_path / "odd.parquet")
+    assert "has the columns pixels, expected image" in message(f"parquet:{tmp_path}/odd.parquet")
+    images = [{"bytes": jpeg(i), "path": None} for i in range(3)]
+    pq.write_table(pa.table({"image": images, "label": [0, -1, 1]}), tmp_path / "odd.parquet")
+    assert "has the label -1" in message(f"parquet:{tmp_path}/odd.parquet")
+    pq.write_table(pa.table({"image": images, "label": ["a", None, "b"]}), tmp_path / "odd.parquet")
+    assert "with and without a label" in message(f"parquet:{tmp_path}/odd.parquet")
+    (tmp_path / "odd.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "Git LFS pointer" in message(f"parquet:{tmp_path}/odd.parquet")
+
+    def unreachable(*arguments, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(archives.huggingface_hub.HfApi, "dataset_info", unreachable)
+    assert "cannot be fetched from the Hub (Name or service not known)" in message("hf:someone/pictures")
+
+
+def test_a_picture_that_is_gone_is_skipped(tmp_path):
+    write_tars(tmp_path, shard=8)
+    dataset = load_dataset(f"webdataset:{tmp_path}/train-000.tar", "train", 16)
+    (tmp_path / "train-000.tar").unlink()
+    assert dataset[0] is None
