@@ -1,6 +1,7 @@
 # Everything from a fresh clone, each target with its own set-up:
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
 #   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side, each in one thread
+#   make test-gpu                    the tests that need a GPU, on one; `make test` hides all of them
 #   make lab                         JupyterLab on notebooks/start_here.ipynb
 #   make mutants [ONLY='codalib.models.sampling*']   which small wrong changes to the science the tests let live (hours
 #                                    for all of it; goes on where it stopped); `mutmut show NAME` prints one
@@ -24,7 +25,7 @@ ONLY ?=
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup reproduce test mutants lab bench faults fetch rehearse notebooks clean
+.PHONY: setup reproduce test test-gpu mutants lab bench faults fetch rehearse notebooks clean
 
 setup: $(STAMP)
 
@@ -46,6 +47,9 @@ test: $(STAMP)
 	    export CODALIB_RUNS="$$runs/runs" CODALIB_REPORTS="$$runs/reports" && \
 	    $(PARALLEL) --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks && \
 	    $(BIN)/python -m pytest tests/pictures_check.py
+
+test-gpu: $(STAMP)
+	CODALIB_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests
 
 # mutmut works in a copy, mutants/, and changes no decorated function (`generate`, psnr) and no constant: change those by
 # hand. The table counts each file's mutants by what became of them.

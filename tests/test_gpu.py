@@ -1,0 +1,77 @@
+"""On a GPU, with `make test-gpu`: golden values, every stage's step and sampling, of which the host waits for nothing.
+
+The first test shows that all others see none.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codalib.base.hardware import compute_device
+from codalib.datasets.images import load_dataset
+from codalib.models.checkpoints import load_quantizer, load_vae
+from codalib.models.maskgit import MaskGIT
+from codalib.models.sampling import generate
+from codalib.models.tokenizer import CodaTokenizer
+from codalib.training.settings import TokenizerSettings
+from codalib.training.tokenizer import train_tokenizer
+from codalib.training.trainer import read_log
+
+ROOT = Path(__file__).parents[1]
+MAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+@pytest.mark.parametrize(
+    ("variables", "seen"),
+    [
+        ({}, ""),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, ""),
+        ({"CODALIB_TEST_GPU": "1"}, "0"),
+        ({"CODALIB_TEST_GPU": "1", "CUDA_VISIBLE_DEVICES": "2,3"}, "2"),
+    ],
+)
+def test_tests_see_no_gpu_or_the_one_that_they_are_asked_to_take(variables, seen):
+    names = ("CODALIB_TEST_GPU", "CUDA_VISIBLE_DEVICES")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    code = "import conftest, os, sys; assert 'torch' not in sys.modules; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, cwd=ROOT, env=rest | variables, capture_output=True, text=True).stdout == f"{seen}\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "tiled", "triton", "auto"])
+def test_golden_values(backend):
+    golden = {name: value.cuda() for name, value in load_file(ROOT / "tests/golden/quantizer_mar.safetensors").items()}
+    state = {name.removeprefix("param."): value for name, value in golden.items() if name.startswith("param.")}
+    quantizer = load_quantizer(state, scales=MAR_SCALES).cuda()
+    quantizer.backend = backend
+    out = quantizer(golden["input"])
+    assert all((level == golden[f"indices.{i}"]).float().mean() > 0.999 for i, level in enumerate(out.indices))
+    torch.testing.assert_close(out.quantization_loss, golden["vq_loss"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_tokenizer_trains_and_its_tokens_decode(tmp_path):
+    settings = TokenizerSettings(steps=3, batch_size=2, accumulation=2, codebook_size=64, scales=(1, 2, 4, 8), rank=2)
+    data = load_dataset("emoji", "train", 64, limit=8), load_dataset("emoji", "val", 64, limit=4)
+    tokenizer = train_tokenizer(settings, load_vae("emoji"), *data, tmp_path)
+    assert next(tokenizer.parameters()).is_cuda
+    assert 5 < read_log(tmp_path)[-1]["val_psnr"] < 60
+
+
+@pytest.mark.gpu
+def test_the_embedded_models_sample_as_on_the_processor():
+    tokenizer, model = CodaTokenizer.from_pretrained("emoji-small"), MaskGIT.from_pretrained("emoji-class")
+    drawn = []
+    for device in ("cpu", compute_device()):
+        tokens = generate(
+            model.to(device), torch.tensor([2, 7], device=device), generator=torch.Generator().manual_seed(0)
+        )
+        drawn.append([level.cpu() for level in tokens])
+        assert tokenizer.to(device).decode(tokens).isfinite().all()
+    assert (torch.cat([(a == b).flatten() for a, b in zip(*drawn, strict=True)]).float().mean()) > 0.5
