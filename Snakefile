@@ -23,6 +23,7 @@ ORDER = [
     "00_pretrain_vae",
     "01_fit_quantizers",
     "01_quantizer_factorial",
+    "01_adapted_factorial",
     "01_train_tokenizer",
     "01_train_baselines",
     "01_train_variants",

@@ -6,10 +6,14 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,13 @@ def compute_device() -> str:
     import torch  # here alone: what reads results needs no torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
+    """TENSOR on a device; on its way to a GPU from pinned memory, so that the host does not wait for the copy."""
+    if getattr(device, "type", device) == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def has_bfloat16() -> bool:
@@ -111,6 +122,18 @@ def set_threads() -> int:
         number = meter.free_cores()
     os.environ["OMP_NUM_THREADS"] = str(number)
     return number
+
+
+def keep_niceness() -> None:
+    """Have this process's niceness count beside other sessions' processes, where the system groups sessions.
+
+    Linux with autogroups shares a core out between sessions first, and a kernel is a session of its own: niceness alone
+    counts within it. Nothing is done where there are no such groups.
+    """
+    group = Path("/proc/self/autogroup")
+    if group.exists():
+        with suppress(OSError):  # in a container it may be read-only
+            group.write_text(str(os.nice(0)))
 
 
 class LoadMeter:

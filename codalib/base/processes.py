@@ -1,5 +1,6 @@
 """Run one function on several processes of this machine, one a GPU, from a notebook or a script."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -8,6 +9,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 from accelerate import Accelerator
+from torch import nn
+
+log = logging.getLogger(__name__)
 
 
 def launch(function: Callable[..., None], processes: int, *arguments) -> None:
@@ -79,6 +83,16 @@ def check_environment() -> None:
     if not several:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """MODULE with batch statistics that all processes share, where there are several and they have GPUs."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return module
+    if not torch.cuda.is_available():
+        log.warning("SyncBatchNorm needs GPUs: the discriminator's batch statistics are each process's own")
+        return module
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 def make_accelerator() -> Accelerator:

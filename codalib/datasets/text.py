@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertModel, CLIPTextModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from codalib.base.hardware import to_device
 from codalib.models.maskgit import TextCondition
 from codalib.pretrained.networks import FrozenNetwork
 from codalib.pretrained.registry import find_weights, has_weights
@@ -171,10 +172,10 @@ class CaptionTable:
         """The condition of some images' captions; one that is not in the table is encoded, with the batch's others."""
         if any(caption not in self.rows for caption in captions):
             embeddings, mask = self.encoder.tokens(captions)
-            return TextCondition(embeddings.half().float().to(device), mask.to(device))
+            return TextCondition(to_device(embeddings.half().float(), device), to_device(mask, device))
         rows = [self.rows[caption] for caption in captions]
         mask = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.bool)
         embeddings = torch.zeros(*mask.shape, self.encoder.dim)
         for number, row in enumerate(rows):
             embeddings[number, : len(row)], mask[number, : len(row)] = row.float(), True
-        return TextCondition(embeddings.to(device), mask.to(device))
+        return TextCondition(to_device(embeddings, device), to_device(mask, device))

@@ -142,7 +142,8 @@ def quantizer_scores(
 
     Args:
         means, latents, again: (N, C, H, W), see `encode_posterior`; errors are relative to the variance of `latents`.
-    Returns {"quantization_error": mean square, "relative_error", "relative_error_to_mean": against the posterior's
+    Returns {"latent_variance", "posterior_noise": the mean square of draw less mean, relative too,
+    "quantization_error": mean square, "relative_error", "relative_error_to_mean": against the posterior's
     mean, "utilization", "perplexity": one a level, "bits_per_image": tokens x log2 K, "coded_bits_per_image": what an
     ideal entropy coder takes that knows each level's code frequencies, "token_change": the fraction of tokens that
     differ when the posterior is drawn again}.
@@ -164,6 +165,8 @@ def quantizer_scores(
     entropies = torch.special.entr(frequencies).sum(1)  # (levels,), nats a token
     per_level = torch.tensor([p * p for p in scales], dtype=torch.float64)
     scores = {
+        "latent_variance": variance,
+        "posterior_noise": (latents - means).square().mean().item() / variance,
         "quantization_error": errors.mean().item(),
         "relative_error": errors.mean().item() / variance,
         "relative_error_to_mean": to_mean.mean().item() / variance,

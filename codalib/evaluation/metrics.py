@@ -57,6 +57,11 @@ def psnr(reference: Tensor, reconstruction: Tensor) -> Tensor:
     return peak_signal_noise_ratio(ours, theirs, data_range=255.0, reduction="none", dim=(1, 2, 3))
 
 
+def finite_psnr(values: Tensor, images: Tensor) -> Tensor:
+    """PSNR (B,) in dB of images (B, 3, h, w), where an exact one counts as if one 8-bit value were off by one."""
+    return values.where(values.isfinite(), 10 * math.log10(255**2 * images[0].numel()))
+
+
 @torch.no_grad()
 def ssim(reference: Tensor, reconstruction: Tensor) -> Tensor:
     """Structural similarity of each image, by the released protocol: the mean over the valid region and the channels.
@@ -293,9 +298,8 @@ class ReconstructionMetrics(nn.Module):
         if indices is not None and self.utilization is None:
             raise ValueError("got indices, expected none: give ReconstructionMetrics a codebook_size and num_levels")
         values = psnr(images, reconstruction)
-        exact = values.isinf()  # would make the mean infinite; they count as if one 8-bit value were off by one
-        self.psnr.update(values.where(~exact, 10 * math.log10(255**2 * images[0].numel())))
-        self.exact.update(exact.sum())
+        self.psnr.update(finite_psnr(values, images))
+        self.exact.update(values.isinf().sum())
         self.ssim.update(ssim(images, reconstruction))
         self.images.update(len(images))
         images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
@@ -381,6 +385,29 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # C1^(1/2)
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()  # tr (C1 C2)^(1/2)
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
+
+
+def kernel_distance(reference: Tensor, samples: Tensor, chunk: int = 4096) -> float:
+    """Squared maximum mean discrepancy of features (N, D) and (M, D) with the kernel (x . y / D + 1)^3, unbiased.
+
+    KID (arXiv:1801.01401), over all pairs where the usual one averages over drawn subsets: of the same expectation, and
+    no draw. Unlike a Frechet distance its mean does not depend on N; it is below 0 for about half of all equal sets.
+    """
+    if min(len(reference), len(samples)) < COVARIANCE_IMAGES:
+        raise ValueError(f"expected two sets of {COVARIANCE_IMAGES} or more, got {len(reference)} and {len(samples)}")
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:
+        return (one.double() @ other.double().T / one.shape[1] + 1) ** 3
+
+    def within(features: Tensor) -> float:
+        total = sum(kernel(part, features).sum().item() for part in features.split(chunk))
+        own = (
+            ((features.double().square().sum(1) / features.shape[1] + 1) ** 3).sum().item()
+        )  # pairs of one with itself
+        return (total - own) / (len(features) * (len(features) - 1))
+
+    across = sum(kernel(part, samples).sum().item() for part in reference.split(chunk))
+    return within(reference) + within(samples) - 2 * across / (len(reference) * len(samples))
 
 
 def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = 3, chunk: int = 1024) -> tuple[float, float]:

@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from codalib.base.files import write_json
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import sample_generators
 from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset, share_content_digests
-from codalib.evaluation.metrics import FrechetDistance, ReconstructionMetrics, build_frechet
+from codalib.evaluation.metrics import (
+    FrechetDistance,
+    ReconstructionMetrics,
+    build_frechet,
+    finite_psnr,
+    psnr,
+    ssim,
+)
 from codalib.evaluation.results import is_cached, read_results, result_file
 from codalib.models.checkpoints import find_model, load_tokenizer, load_vae
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
-from codalib.pretrained.perceptual import build_perceptual
+from codalib.pretrained.perceptual import PerceptualDistance, build_perceptual
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +135,38 @@ def evaluate(
             out = model(pictures, generator=noise)
             metrics.update(pictures, out.reconstruction, out.latents, out.quantized, out.indices)
     return metrics.compute()
+
+
+@torch.no_grad()
+def image_scores(
+    model: CodaTokenizer | ContinuousVAE,
+    images: ImageDataset,
+    perceptual: PerceptualDistance | None = None,
+    distance: FrechetDistance | None = None,
+    seed: int = 0,
+    batch_size: int = 50,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Every image's own scores (N,) by name, and the features (N, D) of its reconstruction by DISTANCE's network.
+
+    Scores: "psnr" (dB), "ssim", "l1", "l2" (of pixels in [-1, 1]) and the perceptual distance's name. The noise is that
+    of `evaluate`.
+    """
+    device, found, features = next(model.parameters()).device, [], []
+    for batch in evaluation_batches(images, batch_size):
+        pictures = batch["image"].to(device)
+        noise = sample_generators(seed, batch["index"].tolist())
+        out = model(pictures, generator=noise)
+        made = (out if isinstance(model, ContinuousVAE) else out.reconstruction).float().clamp(-1, 1)
+        difference = (made - pictures).flatten(1)
+        scores = {"psnr": finite_psnr(psnr(pictures, made), pictures), "ssim": ssim(pictures, made)}
+        scores |= {"l1": difference.abs().mean(1), "l2": difference.square().mean(1)}
+        if perceptual is not None:
+            scores[perceptual.name] = perceptual(pictures, made)
+        found.append({name: values.double().cpu() for name, values in scores.items()})
+        if distance is not None:
+            features.append(distance.inception(made).float().cpu())
+    columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return columns, torch.cat(features) if features else None
 
 
 @torch.no_grad()

@@ -11,9 +11,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,7 +24,9 @@ from codalib.datasets.images import ImageDataset, evaluation_batches
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
 from codalib.evaluation.metrics import psnr
 from codalib.experiments.bracketing import bracket, bracket_both
-from codalib.experiments.trials import TrialFolder, data_digest
+from codalib.experiments.paper import USED
+from codalib.experiments.statistics import claim_verdict
+from codalib.experiments.trials import Compared, TrialFolder, data_digest
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.vae import ContinuousVAE
@@ -96,16 +100,21 @@ class Factorial:
         seeds: Sequence[int],
         rates: Sequence[float],
         entropy_weights: Sequence[float],
+        only: Mapping[str, Sequence[str]] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Every cell, cheap grids first, one result a trial as it ends.
 
         Args:
             grids: name -> sides of the levels.
+            only: grid -> the methods that are fitted on it; on the others all are.
             seeds: the first alone for choosing, all for the best and the paper's setting.
             rates, entropy_weights: where the brackets start, a factor of 3 apart.
         """
+        methods = dict.fromkeys(grids, METHODS) | dict(only or {})
+        if odd := set(methods) - set(grids) | {method for own in methods.values() for method in own} - set(METHODS):
+            raise ValueError(f"expected only grids of {', '.join(grids)} with {', '.join(METHODS)}, got {odd}")
         for grid, scales in sorted(grids.items(), key=lambda item: sum(p * p for p in item[1])):
-            for method in METHODS:
+            for method in methods[grid]:
                 best = yield from self._choose(method, grid, scales, seeds[0], rates, entropy_weights)
                 paper = (PAPER_RATE, PAPER_ENTROPY_WEIGHT if method.startswith("attention") else 0.0)
                 for seed in seeds:
@@ -201,3 +210,66 @@ class Factorial:
             quantized = quantizer.decode(quantizer.encode(latents.to(quantizer.codebooks.weight.device)))
             values += psnr(images, self.data.vae.decode(quantized).cpu()).tolist()
         return values
+
+
+def factorial_claims(
+    rows: Sequence[Mapping[str, Any]], grids: Mapping[str, Sequence[int]], concepts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The verdicts on the claims that the rows of `Factorial.run` bear on, the error image by image.
+
+    Attention is compared with nearest codes that start from data, each at its best; of attention's two starts the one
+    whose choosing images have the lower error stands. `concepts` are those of the test images. Levels are those of the
+    grids on which nearest codes alone are fitted, and of the two grids with the fewest and the most levels among them.
+    """
+    best: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["setting"] == "best":
+            best.setdefault(f"{row['grid']}, {row['method']}", []).append(row)
+    found, claims = Compared(best, concepts), []
+    for grid in grids:
+        starts = [f"{grid}, attention, {start} start" for start in ("random", "data")]
+        starts = [name for name in starts if name in best]
+        nearest = f"{grid}, nearest, data start"
+        if not starts or nearest not in best:
+            continue
+        pair = nearest, min(starts, key=lambda name: best[name][0]["choose"]["relative_error"])
+        setting = f"{grid}, frozen VAE, each at its best"
+        text = f"{found.change('relative_error', *pair)} ({pair[1].removeprefix(grid + ', ')})"
+        parts: dict[str, Any] = {"relative_error": found.error_falls(*pair)}
+        claims.append(claim_verdict("attention_error", parts, text, setting=setting))
+        used = [own - USED for own in found.of(pair[1], "utilization")]
+        parts = {"utilization": found.gains("utilization", *pair), "utilization floor": used}
+        text = found.change("utilization", *pair)
+        claims.append(claim_verdict("attention_utilization", parts, text, setting=setting))
+        kept = {
+            "token_change": [a - b for a, b in zip(*(found.of(name, "token_change") for name in pair), strict=True)]
+        }
+        text = found.change("token_change", *pair)
+        claims.append(claim_verdict("sparse_assignment", kept, text, setting=setting))
+    return claims + _level_claims(found, grids)
+
+
+def _level_claims(found: Compared, grids: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """Residual levels lower the error: from the fewest to the most, and each step between grids that end alike."""
+    names = {len(scales): f"{grid}, nearest, data start" for grid, scales in grids.items() if _pyramid(scales)}
+    names = {levels: names[levels] for levels in sorted(names) if names[levels] in found.rows}
+    if len(names) < 2:
+        return []
+    ends, setting = (names[min(names)], names[max(names)]), "frozen VAE, nearest codes, data start"
+    text, parts = found.change("relative_error", *ends), {"relative_error": found.error_falls(*ends)}
+    claims = [claim_verdict("residual_error", parts, text, setting=setting)]
+    if len(names) > 2:
+        parts = {
+            f"relative_error: {few} to {many} levels": found.error_falls(names[few], names[many])
+            for few, many in pairwise(names)
+        }
+        text = f"relative error at {', '.join(map(str, names))} levels, each trained: " + ", ".join(
+            f"{np.mean(found.of(name, 'relative_error')):.4g}" for name in names.values()
+        )
+        claims.append(claim_verdict("levels_monotone", parts, text, setting=setting))
+    return claims
+
+
+def _pyramid(scales: Sequence[int]) -> bool:
+    """Whether levels grow to the full grid, or there is that alone."""
+    return len(scales) == 1 or scales[0] < scales[-1]

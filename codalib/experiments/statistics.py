@@ -37,6 +37,18 @@ def resampled_means(gains: ArrayLike, draws: int = DRAWS, seed: int = 0) -> np.n
     return means
 
 
+def group_means(values: ArrayLike, groups: Sequence[Any]) -> np.ndarray:
+    """Values of images (seeds, images) or (images,) -> means of each group's (seeds, groups), in the groups' order.
+
+    Raises ValueError where there is not one group for each image.
+    """
+    table = np.atleast_2d(np.asarray(values, dtype=float))
+    names, which = np.unique(np.asarray(groups), return_inverse=True)
+    if len(which) != table.shape[1]:
+        raise ValueError(f"expected the group of each of {table.shape[1]} images, got {len(which)}")
+    return np.stack([table[:, which == i].mean(axis=1) for i in range(len(names))], axis=1)
+
+
 def p_value(means: np.ndarray, value: float) -> float:
     """The two-sided p of resampled means against a value; at least one over their number."""
     tail = min((means <= value).mean(), (means >= value).mean())
@@ -54,7 +66,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def smallest_gain(part: str) -> float:
     """The smallest gain of interest of a part: that of the metric before its colon. Unknown ones raise ValueError."""
-    metric = part.partition(":")[0]
+    metric = part.partition(":")[0].partition("@")[0]
     if metric not in SMALLEST_GAINS:
         raise ValueError(f"expected a part of {', '.join(SMALLEST_GAINS)}, got {metric!r}")
     return SMALLEST_GAINS[metric]

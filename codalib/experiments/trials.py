@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from codalib.base.files import read_json, write_json
 from codalib.datasets.images import ImageDataset
+from codalib.experiments.paper import gain
+from codalib.experiments.statistics import group_means
 from codalib.models.vae import ContinuousVAE
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,38 @@ class TrialFolder:
             write_json(file, make(words) | dict(self.provenance))
             log.info("%s: finished", name)
         return read_json(file)
+
+
+class Compared:
+    """Finished trials by name, to compare two of them seed by seed; each row has "test": {metric: number}.
+
+    Args:
+        rows: name -> its trials, one a seed, the seeds in one order.
+        groups: of each test image, such as its concept.
+    """
+
+    def __init__(self, rows: Mapping[str, Sequence[Mapping[str, Any]]], groups: Sequence[Any]):
+        self.rows, self.groups = rows, groups
+
+    def of(self, name: str, metric: str) -> list[float]:
+        return [row["test"][metric] for row in self.rows[name]]
+
+    def by_group(self, name: str, scores: str) -> np.ndarray:
+        """The images' own scores, meaned by group, (seeds, groups)."""
+        return group_means([row[scores] for row in self.rows[name]], self.groups)
+
+    def gains(self, metric: str, before: str, after: str) -> list[float]:
+        """One a seed, as `paper.gain` counts."""
+        return [gain(metric, a, b) for a, b in zip(self.of(before, metric), self.of(after, metric), strict=True)]
+
+    def error_falls(self, before: str, after: str) -> np.ndarray:
+        """The fall of each group's error, relative to the mean error before, (seeds, groups)."""
+        errors = self.by_group(before, "test_errors")
+        return (errors - self.by_group(after, "test_errors")) / errors.mean(axis=1, keepdims=True)
+
+    def change(self, metric: str, before: str, after: str) -> str:
+        """In words."""
+        return f"{metric} {np.mean(self.of(before, metric)):.4g} -> {np.mean(self.of(after, metric)):.4g}"
 
 
 def data_digest(vae: ContinuousVAE, datasets: Sequence[ImageDataset], *inputs: Any) -> str:

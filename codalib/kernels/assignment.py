@@ -172,7 +172,7 @@ class _TiledAssign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, keys, values, entropy_temperature, math):
         tokens, codes = len(queries), len(keys)
-        sharpness = queries.new_tensor(1 / entropy_temperature)
+        sharpness = queries.new_full((), 1 / entropy_temperature)  # no copy, which would wait
         # One more product where the codes need tiles, so that the indices are those of `argmax_assign`.
         apart = _codes_need_tiles(queries, keys)
         indices = _argmax_over_code_tiles(queries, keys) if apart else queries.new_empty(tokens, dtype=torch.long)

@@ -34,7 +34,8 @@ def check_indices(indices: Sequence[Tensor], scales: Sequence[int], codes: int, 
                 f"expected indices of level {number} to be integers of shape (B, {p}, {p}) with one B for all levels, "
                 f"got {level.dtype} of shape {tuple(level.shape)}"
             )
-        low, high = level.min().item(), level.max().item()
+    extremes = torch.stack([torch.stack(level.aminmax()).long() for level in indices[:count]]).tolist()  # one wait
+    for number, (low, high) in enumerate(extremes):
         if low < lowest or high >= codes:
             raise ValueError(
                 f"expected indices of level {number} in [{lowest}, {codes - 1}], got [{low}, {high}]: they were made "
@@ -43,8 +44,13 @@ def check_indices(indices: Sequence[Tensor], scales: Sequence[int], codes: int, 
     return count
 
 
-def check_condition(condition: Any, batch: int, num_classes: int | None, text_dim: int | None) -> None:
-    """The condition is of the model's kind (labels, text or none), for BATCH samples, and in range."""
+def check_condition(
+    condition: Any, batch: int, num_classes: int | None, text_dim: int | None, wait: bool = False
+) -> None:
+    """The condition is of the model's kind (labels, text or none), for BATCH samples, and in range.
+
+    Labels on a GPU are looked at with WAIT alone, since the host waits for it.
+    """
     expected = "labels" if num_classes is not None else "text" if text_dim is not None else "no condition"
     got = "no condition" if condition is None else "labels" if isinstance(condition, Tensor) else "text"
     if got != expected:
@@ -59,7 +65,7 @@ def check_condition(condition: Any, batch: int, num_classes: int | None, text_di
             f"expected text embeddings of width {text_dim}, got {condition.embeddings.shape[-1]}: use the text encoder "
             "that the model was trained with"
         )
-    if got == "labels" and count:
+    if got == "labels" and count and (wait or condition.device.type == "cpu"):
         low, high = condition.min().item(), condition.max().item()
         if low < 0 or high >= num_classes:
             raise ValueError(f"expected labels from 0 to {num_classes - 1}, got {low if low < 0 else high}")
@@ -80,7 +86,8 @@ def check_fixed(fixed: Sequence[Tensor], batch: int, scales: Sequence[int], code
     expected = [(batch, p, p) for p in scales]
     if [tuple(level.shape) for level in fixed] != expected:
         raise ValueError(f"expected fixed tokens of shapes {expected}, got {[tuple(x.shape) for x in fixed]}")
-    low, high = min(int(level.min()) for level in fixed), max(int(level.max()) for level in fixed)
+    extremes = torch.stack([torch.stack(level.aminmax()).long() for level in fixed]).tolist()  # one wait
+    low, high = min(row[0] for row in extremes), max(row[1] for row in extremes)
     if low < -1 or high >= codes:
         raise ValueError(
             f"expected fixed tokens from -1 (to be drawn) to {codes - 1}, got [{low}, {high}]: do they come from "

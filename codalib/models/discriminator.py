@@ -4,18 +4,17 @@ The backbone is DINO ViT-S/16, the paper's, or EfficientNet-Lite0, whose weights
 `name` tells which. Only the heads are trained, and only they are in its state dict.
 """
 
-import logging
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from codalib.base.processes import synchronised
 from codalib.pretrained.networks import DinoViTS16, EfficientNetLite0, to_side
 
 KERNEL = 9  # tokens seen by a head's residual block
 SLOPE = 0.2  # of LeakyReLU
-logger = logging.getLogger(__name__)
 
 
 def _block(channels: int, kernel: int) -> nn.Sequential:
@@ -54,7 +53,7 @@ class FrozenFeatureDiscriminator(nn.Module):
         else:
             raise TypeError(f"expected a backbone DinoViTS16 or EfficientNetLite0, got {type(backbone).__name__}")
         self.backbone = backbone
-        self.heads = _synchronised(nn.ModuleList(Head(c) for c in channels))
+        self.heads = synchronised(nn.ModuleList(Head(c) for c in channels))
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None, maps: list | None = None) -> Tensor:
         """Images in [-1, 1] (B, 3, h, w) -> logits (B, N); a CPU `generator` seeds DINO's crop of large images.
@@ -74,12 +73,3 @@ class FrozenFeatureDiscriminator(nn.Module):
                 "larger images, or the adversarial weight 0"
             )
         return sequences
-
-
-def _synchronised(module: nn.Module) -> nn.Module:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return module
-    if not torch.cuda.is_available():
-        logger.warning("SyncBatchNorm needs GPUs: the discriminator's batch statistics are each process's own")
-        return module
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)

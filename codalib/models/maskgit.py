@@ -127,7 +127,7 @@ class MaskGIT(OnHub, CodeValues):
         if isinstance(condition, TextCondition):
             prefix, visible = self._text_prefix(condition, dropped)
             x = torch.cat([prefix, x], dim=1)
-            if not visible.all():
+            if visible.device.type != "cpu" or not visible.all():  # a GPU is not waited for
                 attended = torch.cat([visible, visible.new_ones(tokens.shape)], dim=1)[:, None, None]  # (B, 1, 1, T+L)
         elif condition is not None:
             x = torch.cat([self.classes(condition.masked_fill(dropped, self.num_classes))[:, None], x], dim=1)
@@ -147,15 +147,19 @@ class MaskGIT(OnHub, CodeValues):
         condition: Condition = None,
         dropped: Tensor | None = None,
         label_smoothing: float = 0.1,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The loss of Eq. 12: the mean of -log p(z_i | visible tokens) over the masked tokens i, in nats.
 
         `tokens` (B, L), `mask` (B, L) bool, true where masked; `condition`, `dropped` as in `features`;
-        `label_smoothing` is the part of the target that is spread evenly over all codes.
+        `label_smoothing` is the part of the target that is spread evenly over all codes; `rows` (M,) are
+        the masked places of the flattened sequences, where they are known and the host need not wait for them.
         """
         x = self.features(tokens.masked_fill(mask, self.mask_token), condition, dropped)
+        rows = mask.flatten().nonzero()[:, 0] if rows is None else rows
         # Eq. 12 as F.cross_entropy(self.logits(x[mask]), tokens[mask]), without a masked tokens x codes matrix.
-        return linear_cross_entropy(x[mask], self.head_weight(), tokens[mask], self.head.bias, label_smoothing)
+        x, targets = x.flatten(0, 1)[rows], tokens.flatten()[rows]  # (M, D), (M,)
+        return linear_cross_entropy(x, self.head_weight(), targets, self.head.bias, label_smoothing)
 
     def _position_embeddings(self) -> Tensor:
         if self.level_positions:

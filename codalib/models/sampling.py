@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from codalib.base.hardware import to_device
 from codalib.models.checks import check_sampling
 from codalib.models.maskgit import Condition, MaskGIT
-from codalib.models.sampling_inputs import MASKED, first_tokens, sample_generators, twice
+from codalib.models.sampling_inputs import MASKED, draw_noise, first_tokens, masked_places, sample_generators, twice
 from codalib.models.tokens import Tokens, split_levels
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of steps done, in (0, 1] -> fraction of tokens masked
@@ -95,21 +96,20 @@ def generate(
     check_sampling(model.training, model.is_conditional, temperature, guidance, order, ORDERS)
     tokens = first_tokens(model, condition, batch, fixed)  # (B, L) on the model's device
     generators = sample_generators(generator, len(tokens))
-    plans = [unmask_counts(int(n), steps, schedule) if n else [0] * steps for n in (tokens == model.mask_token).sum(1)]
+    left = (tokens == model.mask_token).sum(1).tolist()  # (B,)
+    plans = torch.tensor([unmask_counts(n, steps, schedule) if n else [0] * steps for n in left])  # (B, steps)
     for step in range(steps):
         weight = guidance_at(step, steps, guidance, guidance_schedule)
-        # (2, B, L) on the CPU: one number draws the token, one makes the choice's noise.
-        noise = torch.stack([torch.rand(2, model.num_tokens, generator=own) for own in generators], dim=1)
-        noise = noise.to(tokens.device)
-        drawn, confidence = _draw(model, tokens, condition, weight, temperature, noise[0])
+        noise = draw_noise(generators, model.num_tokens, tokens.device)  # (2, B, L)
+        masked = tokens == model.mask_token
+        places = masked_places(masked, int(plans[:, step:].sum()))
+        drawn, confidence = _draw(model, tokens, condition, weight, temperature, noise[0], places)
         gumbel = -torch.log(-torch.log(noise[1].double().clamp(1e-12, 1 - 1e-12)))
         confidence = confidence + choice_temperature * (1 - (step + 1) / steps) * gumbel
         if order == "coarse-to-fine":
             confidence = confidence - LEVEL_GAP * model.token_levels
-        counts = torch.tensor([plan[step] for plan in plans], device=tokens.device)
-        masked = tokens == model.mask_token
         rank = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True).argsort(dim=1)
-        tokens = torch.where(masked & (rank < counts[:, None]), drawn, tokens)
+        tokens = torch.where(masked & (rank < to_device(plans[:, step, None], tokens.device)), drawn, tokens)
         if on_step is not None:
             seen = tokens.masked_fill(tokens == model.mask_token, MASKED)
             on_step(Step(step, split_levels(seen, model.scales), split_levels(drawn, model.scales)))
@@ -117,28 +117,34 @@ def generate(
 
 
 def _draw(
-    model: MaskGIT, tokens: Tensor, condition: Condition, guidance: float, temperature: float, uniform: Tensor
+    model: MaskGIT,
+    tokens: Tensor,
+    condition: Condition,
+    guidance: float,
+    temperature: float,
+    uniform: Tensor,
+    places: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token for each masked position: tokens (B, L) with them filled in, and their log-probabilities (B, L).
+    """Draw a token for each of PLACES (M,): tokens (B, L) with them filled in, and their log-probabilities (B, L).
 
     Of the logits before the temperature: at a low temperature all draws would otherwise be equally sure.
     """
-    masked = tokens == model.mask_token  # (B, L)
     if guidance:
         absent = torch.arange(2 * len(tokens), device=tokens.device) >= len(tokens)
         both = model.features(torch.cat([tokens, tokens]), twice(condition), absent)
-        states = [state[masked] for state in both.chunk(2)]  # conditional, unconditional: (M, D)
+        states = [state.flatten(0, 1)[places] for state in both.chunk(2)]  # conditional, unconditional: (M, D)
     else:
-        states = [model.features(tokens, condition)[masked]]
-    numbers, rows = uniform[masked], max(1, TILE_LOGITS // model.codebook_size)
+        states = [model.features(tokens, condition).flatten(0, 1)[places]]
+    numbers, rows = uniform.flatten()[places], max(1, TILE_LOGITS // model.codebook_size)
     parts = []
     for some, *inputs in zip(numbers.split(rows), *(state.split(rows) for state in states), strict=True):
         logits = [model.logits(state).float() for state in inputs]  # (rows, K)
         guided = (1 + guidance) * logits[0] - guidance * logits[1] if guidance else logits[0]
         parts.append(draw_tokens(guided, temperature, some))
-    drawn, confidence = tokens.clone(), torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
-    drawn[masked], confidence[masked] = (torch.cat(column) for column in zip(*parts, strict=True))
-    return drawn, confidence
+    drawn = tokens.flatten().clone()
+    confidence = torch.zeros_like(drawn, dtype=torch.float64)
+    drawn[places], confidence[places] = (torch.cat(column) for column in zip(*parts, strict=True))
+    return drawn.view_as(tokens), confidence.view_as(tokens)
 
 
 def draw_tokens(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

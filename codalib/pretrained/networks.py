@@ -1,13 +1,10 @@
-"""Frozen networks of the losses and metrics: EfficientNet-Lite0, DINO ViT-S/16, FID's Inception, LPIPS's VGG16.
+"""Frozen networks of the losses and metrics: EfficientNet-Lite0, DINO ViT-S/16, FID's Inception.
 
 Every network here takes images in [-1, 1] and applies its own normalisation; its parameters are never trained, but
 gradients flow through it to the images. The weights of a frozen network are left out of the `state_dict` of any module
 that holds it: they live in their own files.
 """
 
-import warnings
-
-import lpips
 import timm
 import torch
 from torch import Tensor, nn
@@ -195,34 +192,3 @@ class InceptionFID(FrozenNetwork):
         """
         check_images(images)
         return self.model(to_8bit(images))[0]
-
-
-class LpipsVGG(FrozenNetwork):
-    """LPIPS (VGG16) from torchvision's VGG16 weights and the linear layers that the package `lpips` carries.
-
-    Raises:
-        MissingWeights: the VGG16 weights are not on this machine.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        path = find_weights("vgg16_lpips")
-        state = read_weights(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips uses torchvision's old `pretrained` argument
-            self.model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        # lpips cuts VGG's `features` into slices and keeps the layers' numbers: slice2.5.weight is features.5.weight.
-        ours = {name: f"features.{name.split('.', 1)[1]}" for name in self.model.net.state_dict()}
-        load_checked(self.model.net, {name: state[vgg] for name, vgg in ours.items() if vgg in state}, str(path))
-        self.freeze()
-
-    def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:
-        """Two batches in [-1, 1] (B, 3, h, w) -> LPIPS distance (B,), in [0, inf)."""
-        check_images(reference)
-        check_images(reconstruction)
-        return self.model(reference, reconstruction).flatten()
-
-
-def lpips_vgg() -> LpipsVGG:
-    """LPIPS (VGG16) from local weights; raises `MissingWeights` where they are not."""
-    return LpipsVGG()

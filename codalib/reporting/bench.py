@@ -32,8 +32,6 @@ BASELINES = {"reference": "plain", "released": "released", "library": "library"}
 TASKS = {"step": "Forward and backward", "encode": "Encoding", "residual": "Plain residual quantization"}
 LEAST_DRAWN = 1e5  # bytes: drawn for no growth above the idle process, on a logarithmic axis
 LEAST_COMPARED = 1e6  # bytes: less is noise in a ratio
-GLANCE_STEPS = ((16384, 4, "MAR"), (65536, 16, "MAR"), (262144, 4, "MAR"), (65536, 12, "FLUX"))  # codes, images, scales
-GLANCE_ENCODING = (65536, 4, "MAR")
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
@@ -145,51 +143,8 @@ def _logarithmic(axes: Axes, name: str, values: pd.Series) -> None:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
-def at_a_glance(frame: pd.DataFrame) -> str:
-    """One device's main numbers in Markdown: each step against the plain formula, encoding against bare products."""
-    lines = []
-    for codes, batch, scales in GLANCE_STEPS:
-        rows = _at(frame, "step", codes, batch, scales)
-        plain = rows.get("reference")
-        parts = [] if plain is None else [f"plain formula {_spent(plain)}"]
-        for name in (name for name in ("tiled", "compiled", "triton") if name in rows):
-            gain = ""
-            if plain is not None:
-                faster, less = (_times(plain, rows[name], column) for column in ("seconds", "peak_bytes"))
-                gain = f" (**{faster}x faster, {less}x less memory**)"
-            parts.append(f"*{name}* {_spent(rows[name])}{gain}")
-        if parts:
-            tokens = next(iter(rows.values()))["tokens"]
-            size = f"{codes:,} codes, {batch} images ({scales} scales, {tokens:,} tokens)"
-            lines.append(f"- Forward and backward, {size}: {'; '.join(parts)}.")
-    codes, batch, scales = GLANCE_ENCODING
-    rows = _at(frame, "encode", codes, batch, scales)
-    bare = rows.pop("products", None)
-    for name, row in rows.items():
-        ratio = "" if bare is None else f", **{_times(row, bare, 'seconds')} times** the matrix products alone"
-        label = LABELS["encode", name][0]
-        lines.append(f"- Encoding, {codes:,} codes, {batch} images: *{label}* {_spent(row)}{ratio}.")
-    return "\n".join(lines)
-
-
-def _at(frame: pd.DataFrame, task: str, codes: int, batch: int, scales: str) -> dict[str, pd.Series]:
-    """The measured rows of one size by implementation."""
-    here = (frame["task"] == task) & (frame["codes"] == codes) & (frame["batch"] == batch)
-    rows = frame[here & (frame["scales"] == scales) & frame["seconds"].notna()]
-    return {row["implementation"]: row for _, row in rows.iterrows()}
-
-
-def _spent(row: pd.Series) -> str:
-    return f"{row['seconds']:.2f} s and {max(row['peak_bytes'], 0) / 1e6:,.0f} MB"
-
-
-def _times(more: pd.Series, less: pd.Series, column: str) -> str:
-    ratio = more[column] / max(less[column], LEAST_COMPARED if column == "peak_bytes" else 0)
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
-
-
 def ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each case of a sweep with its ratios to the floor, the bare products and the materialising versions.
+    """Each case of a sweep with its ratios to the floor, the bare products and the versions that hold (tokens x codes).
 
     "floor x": the time in floors; "products x": in that of the matrix products alone; "plain: time x" and the like: how
     many times as much time and memory that version takes. A case without numbers says why.
@@ -198,21 +153,27 @@ def ratios(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for _, group in frame.groupby(["codes", "tokens"]):
         by_name = group.set_index("implementation")
+        seconds, memory = by_name["seconds"], by_name["peak_bytes"]
+        others = {BASELINES[name]: name for name in BASELINES if not pd.isna(seconds.get(name))}
         for name, row in by_name.iterrows():
             cells = {x: f"{row[x]:,}" for x in varying} | {"implementation": LABELS[row["task"], name][0]}
             if pd.isna(row["seconds"]):
                 rows.append(cells | {"seconds": row["state"]})
                 continue
-            cells |= {"seconds": f"{row['seconds']:.3f}", "MB": f"{row['peak_bytes'] / 1e6:,.0f}"}
-            cells["floor x"] = f"{row['seconds'] / row['floor_seconds']:.2f}"
-            if "products" in by_name.index:
-                cells["products x"] = f"{row['seconds'] / by_name.loc['products', 'seconds']:.2f}"
-            for other, label in BASELINES.items():
-                if other != name and other in by_name.index and not pd.isna(by_name.loc[other, "seconds"]):
-                    cells[f"{label}: time x"] = _times(by_name.loc[other], row, "seconds")
-                    cells[f"{label}: memory x"] = _times(by_name.loc[other], row, "peak_bytes")
+            cells |= {"seconds": f"{seconds[name]:.3f}", "MB": f"{memory[name] / 1e6:,.0f}"}
+            cells["floor x"] = f"{seconds[name] / row['floor_seconds']:.2f}"
+            if "products" in seconds:
+                cells["products x"] = f"{seconds[name] / seconds['products']:.2f}"
+            for label, other in others.items():
+                if other != name:
+                    cells[f"{label}: time x"] = _times(seconds[other] / seconds[name])
+                    cells[f"{label}: memory x"] = _times(memory[other] / max(memory[name], LEAST_COMPARED))
             rows.append(cells)
     return pd.DataFrame(rows)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
 def memory_a_token(frame: pd.DataFrame) -> pd.DataFrame:
@@ -229,13 +190,3 @@ def memory_a_token(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         [*rows, {"implementation": f"one row of {codes:,} logits", "KiB a token": f"{codes / 256:,.0f}"}]
     )
-
-
-def all_cases(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every measurement, rounded."""
-    shown = frame.drop(columns=["idle_bytes"]).rename(columns={"peak_bytes": "peak MB"})
-    shown["peak MB"] = (shown["peak MB"] / 1e6).map("{:,.1f}".format, na_action="ignore")
-    for name in ("seconds", "slowest_seconds", "floor_seconds"):
-        shown[name] = shown[name].map("{:.4f}".format, na_action="ignore")
-    shown["load"] = shown["load"].map("{:.1f}".format, na_action="ignore")
-    return shown.rename(columns=lambda name: name.replace("_", " "))

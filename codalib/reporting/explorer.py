@@ -3,7 +3,6 @@
 `reporting.widgets` shows what these functions return; they know nothing of widgets.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +133,7 @@ def unmask(
 
     Args:
         condition: see `models.sampling.generate`.
-        most: frames that are kept, evenly over the steps, the last one among them; None: all.
+        most: frames that are returned, evenly over the steps, the last one among them; None: all.
         settings: of `models.sampling.generate`.
     """
     steps: list[Step] = []
@@ -147,8 +146,3 @@ def unmask(
         known = tokenizer.decode(step.indices, partial=True).cpu()
         frames.append(Frame(step.number + 1, unmasked.cpu(), known, tokenizer.decode(step.drawn).cpu()))
     return tokens, frames
-
-
-def masked_cells(tokens: Sequence[Tensor]) -> list[int]:
-    """How many tokens of the first image are masked at each level."""
-    return [int((level[0] < 0).sum()) for level in tokens]

@@ -342,7 +342,6 @@ def show(figure: Figure, caption: str, alt: str) -> None:
     picture = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(picture, format="png", metadata={"Software": "codalib"})
-    # By hand: `pages.figure` would have every notebook wait two seconds for nbconvert.
     source = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode('ascii')}"
     image, text = f'<img src="{source}" alt="{html.escape(alt)}">', f"<figcaption>{html.escape(caption)}</figcaption>"
     display(HTML(f"<figure>{image}{text}</figure>"))

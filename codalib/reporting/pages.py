@@ -1,14 +1,14 @@
 """HTML pages that stand alone: one file each, no request to anywhere, readable on a phone, light and dark."""
 
-import base64
-import html
 import re
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import nbformat
 from bs4 import BeautifulSoup
 from latex2mathml.converter import convert as latex_to_mathml
+from markupsafe import Markup
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
@@ -50,26 +50,20 @@ def mathml(formula: str, display: str) -> str:
     return f'<span class="formula">{drawn}</span>' if display == "block" else drawn
 
 
-def markdown(text: str) -> str:
+def markdown(text: str) -> Markup:
     """Markdown with $formulas$ as HTML."""
     renderer = _MathRenderer(escape=False, exclude_anchor_links=True)
-    return MarkdownWithMath(renderer=renderer).render(text)
-
-
-def figure(png: bytes | Path, caption: str, alt: str, links: str = "") -> str:
-    """A PNG with its caption, plain text, LINKS after it (HTML), and what stands for it where it is not seen."""
-    data = png.read_bytes() if isinstance(png, Path) else png
-    source = f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
-    text = f"<figcaption>{html.escape(caption)}{links}</figcaption>"
-    return f'<figure><img src="{source}" alt="{html.escape(alt)}">{text}</figure>'
-
-
-def inline(text: str) -> str:
-    """One line of Markdown as HTML, without the paragraph around it."""
-    return re.sub(r"^<p>(.*)</p>$", r"\1", markdown(text).strip(), flags=re.DOTALL)
+    return Markup(MarkdownWithMath(renderer=renderer).render(text))
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
+def fill(template: str, **values: Any) -> str:
+    """A template with VALUES, texts escaped unless they are `Markup`."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(**values)
+
+
 def page(title: str, body: str, home: str = "", footer: str = "", home_text: str = "All results") -> str:
     """BODY as a whole page with a table of contents made of its second- and third-level headings."""
     soup = BeautifulSoup(body, "html.parser")
@@ -86,16 +80,16 @@ def page(title: str, body: str, home: str = "", footer: str = "", home_text: str
             frame.wrap(soup.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))
     for scoped in soup.select("main style, div > style[scoped]"):  # pandas' own borders
         scoped.decompose()
-    template = jinja2.Template((TEMPLATES / "page.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    return fill(
+        "page.html.j2",
         title=title,
-        body=str(soup),
+        body=Markup(soup),
         contents=contents if len(contents) > 1 else [],
         home=home,
         home_text=home_text,
         footer=footer,
-        style=_style(),
-        script=(TEMPLATES / "page.js").read_text(encoding="utf-8"),
+        style=Markup(_style()),
+        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
     )
 
 

@@ -3,10 +3,11 @@
 It reads only the `manifest.json` of each stage in `runs/PROFILE/` and the files that it names (see `runs.Run.finish`).
 """
 
-import html
+import base64
 import itertools
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,18 @@ class Stage:
         """The results of one kind, "tables", "figures" or "claims"; none while the stage has not finished."""
         return self.manifest["results"].get(kind, []) if self.finished else []
 
+    @property
+    def seconds(self) -> float:
+        return self.manifest.get("seconds") or 0
+
+    @property
+    def values(self) -> dict[str, str]:
+        """Every parameter and setting of the run, as Python writes its value."""
+        parameters = self.manifest["parameters"]
+        for own in self.manifest.get("settings", {}).values():  # a record from before there were any has none
+            parameters = own | parameters
+        return {name: repr(value) for name, value in parameters.items()}
+
 
 def read_stages(profile: str) -> list[Stage]:
     """The stages that have run under PROFILE: the paper's figures and tables by number, then the others by name.
@@ -86,12 +99,30 @@ def build(profile: str) -> Path:
     stages, folder = read_stages(profile), reports_folder(profile)
     for generated in ("tables", "figures"):
         shutil.rmtree(folder / generated, ignore_errors=True)
-    body = [f"<h1>CODA, reproduced: profile {html.escape(profile)}</h1>", pages.markdown(SUMMARY)]
-    if not stages:
-        body.append("<p>No stage has run yet: <code>make reproduce</code> runs them all.</p>")
-    body += [_glance(stages), _claims(stages, folder), _results(stages, folder), _provenance(stages, folder)]
+    found = _claims(stages)
+    results = [result for own in found.values() for _, result in own]
+    drawn = [(stage, _tables(stage, folder), _figures(stage, folder)) for stage in stages]
+    body = pages.fill(
+        "report.html.j2",
+        profile=profile,
+        folder=folder,
+        summary=pages.markdown(SUMMARY),
+        stages=stages,
+        claims=[(CLAIMS[name], own) for name, own in found.items()],
+        unchecked=[claim for claim in CLAIMS.values() if claim.id not in found],
+        settings=sorted({result["setting"] for result in results}, reverse=True),
+        verdicts=VERDICTS,
+        counts=_counts(results),
+        tests=sum(result["adjusted_p"] is not None for result in results),
+        published=_published,
+        results=[one for one in drawn if one[1] or one[2]],
+        made_with={title: _distinct(stages, title.lower()) for title in ("Machine", "Versions")},
+        clock=clock,
+        size=size,
+        commit=commit,
+    )
     write_json(folder / MANIFEST, [stage.manifest for stage in stages])
-    page = pages.page(f"CODA, profile {profile}", "\n".join(body), home="../index.html", home_text="All profiles")
+    page = pages.page(f"CODA, profile {profile}", body, home="../index.html", home_text="All profiles")
     with atomic_write(folder / "index.html") as file:
         file.write(page)
     build_index()
@@ -107,23 +138,17 @@ def build_index() -> Path:
         stages = read_json(manifests) if manifests.exists() else []
         stages = [stage for stage in stages if "notebook" in stage] if isinstance(stages, list) else []
         claims = corrected([claim for stage in stages for claim in stage.get("results", {}).get("claims", [])])
-        verdicts = [claim["verdict"] for claim in claims]
-        counts = [f"{verdicts.count(v)} {VERDICTS[v][1]}" for v in VERDICTS if v in verdicts]
-        rows.append(
-            {
-                "Page": f'<a href="{html.escape(name)}/index.html">{html.escape(name)}</a>',
-                "What it is": _description(name),
-                "Stages": str(len(stages) or ""),
-                "Verdicts": ", ".join(counts),
-                "Last run (UTC)": max((stage["started"][:10] for stage in stages), default=""),
-            }
-        )
-    table = html_table(pd.DataFrame(rows), markup=["Page"], prose=["What it is"])
-    body = f"<h1>CODA, reproduced: all results</h1>{pages.markdown(SUMMARY)}{table}"
+        rows.append({"name": name, "what": _description(name), "stages": stages, "counts": _counts(claims)})
+    body = pages.fill("index.html.j2", pages=rows, summary=pages.markdown(SUMMARY), verdicts=VERDICTS)
     path = reports_folder() / "index.html"
     with atomic_write(path) as file:
         file.write(pages.page("CODA, reproduced", body))
     return path
+
+
+def _counts(claims: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    counts = Counter(claim["verdict"] for claim in claims)
+    return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
 
 
 def _description(name: str) -> str:
@@ -135,176 +160,66 @@ def _description(name: str) -> str:
     return " ".join(itertools.takewhile(lambda line: line and not line.startswith("One section a notebook"), lines))
 
 
-def _link(stage: Stage, folder: Path, text: str = "") -> str:
-    name = html.escape(text or stage.name)
-    return f'<a href="{stage.name}.html">{name}</a>' if (folder / f"{stage.name}.html").exists() else name
-
-
-def _glance(stages: Sequence[Stage]) -> str:
-    """One sentence on the claims: how many were checked, and how the verdicts came out."""
-    found = corrected([claim for stage in stages for claim in stage.results("claims")])
-    if not found:
-        return ""
-    verdicts, claims = [claim["verdict"] for claim in found], len({claim["id"] for claim in found})
-    counts = []
-    for verdict, (style, *words) in VERDICTS.items():
-        count = verdicts.count(verdict)
-        if count:
-            counts.append(f'<span class="{style}">{count} {words[count != 1]}</span>')
-    said = (
-        f"Of {claims} checked claims of the paper, {', '.join(counts)}."
-        if claims == len(verdicts)
-        else f"{claims} claims of the paper were checked, some in more than one setting: of {len(verdicts)} "
-        f"verdicts, {', '.join(counts)}."
-    )
-    tests = sum(claim["adjusted_p"] is not None for claim in found)
-    how = f" Each is a two-sided test at 5 %, after Holm's correction for {tests} tests." if tests else ""
-    return f"<p><strong>What this run found.</strong> {said}{how}</p>"
-
-
-def _claims(stages: Sequence[Stage], folder: Path) -> str:
-    """The checked claims in the paper's order: a table of verdicts, then each; then those that no stage has checked."""
-    found: dict[str, list[tuple[Stage, Mapping[str, Any]]]] = {}
-    pairs = [(stage, result) for stage in stages for result in stage.results("claims")]
+def _claims(stages: Sequence[Stage]) -> dict[str, list[tuple[Stage, dict[str, Any]]]]:
+    """The checked claims in the paper's order: id -> each stage that checked it, with its corrected verdict."""
+    pairs = [(stage, {"setting": ""} | result) for stage in stages for result in stage.results("claims")]
+    found: dict[str, list[tuple[Stage, dict[str, Any]]]] = {}
     for stage, result in pairs:
         if result["id"] not in CLAIMS or result["verdict"] not in VERDICTS:
             raise ValueError(f"{stage.folder / MANIFEST}: expected a known claim and verdict, got {result}")
     for (stage, _), result in zip(pairs, corrected([result for _, result in pairs]), strict=True):
         found.setdefault(result["id"], []).append((stage, result))
-    if not found:
-        return ""
-    checked = {name: found[name] for name in CLAIMS if name in found}
-    settings = sorted({result.get("setting", "") for own in checked.values() for _, result in own}, reverse=True)
-    rows = []
-    for name, own in checked.items():
-        verdicts = {r.get("setting", ""): _verdict(r) for _, r in own}
-        row = {"Claim": f'<a href="#claim-{name}">{html.escape(CLAIMS[name].title)}</a>'}
-        rows.append(row | {setting.capitalize() or "As trained": verdicts.get(setting, "") for setting in settings})
-    table = html_table(pd.DataFrame(rows), markup=list(rows[0]))
-    items = "".join(_claim(CLAIMS[name], own, folder) for name, own in checked.items())
-    parts = [f"<h2>The paper's claims</h2>{table}", f'<ul class="claims">{items}</ul>']
-    if rest := [claim for claim in CLAIMS.values() if claim.id not in checked]:
-        lines = "".join(f"<li>{pages.inline(claim.statement)} ({claim.source})</li>" for claim in rest)
-        parts.append(f"<details><summary>Not checked in this run: {len(rest)}</summary><ul>{lines}</ul></details>")
-    return "\n".join(parts)
+    return {name: found[name] for name in CLAIMS if name in found}
 
 
-def _verdict(result: Mapping[str, Any]) -> str:
-    return f'<span class="{VERDICTS[result["verdict"]][0]}">{result["verdict"].capitalize()}</span>'
-
-
-def _claim(claim: Claim, found: Sequence[tuple[Stage, Mapping[str, Any]]], folder: Path) -> str:
-    """One claim: what the paper says, then each verdict with what was measured, and what the run cannot show."""
-    lines = []
-    for _, result in found:
-        setting = f" ({html.escape(result['setting'])})" if result.get("setting") else ""
-        effect, detail = (html.escape(str(result.get(key, ""))) for key in ("effect", "detail"))
-        lines.append(f'<p>{_verdict(result)}{setting}. Measured: {effect}. <span class="quiet">{detail}</span></p>')
-    styles = {VERDICTS[result["verdict"]][0] for _, result in found}
-    mark = f' class="{styles.pop()}-mark"' if len(styles) == 1 else ""
-    links = ", ".join(dict.fromkeys(_link(stage, folder) for stage, _ in found))
-    return (
-        f'<li{mark} id="claim-{claim.id}"><p><strong>{html.escape(claim.title)}.</strong> '
-        f"{pages.inline(claim.statement)}</p>{''.join(lines)}"
-        f'<p class="quiet">Paper: {claim.source}; {_published(claim)}notebook {links}. '
-        f"What this cannot show: {pages.inline(claim.caution)}</p></li>"
-    )
-
-
-def _published(claim: Claim) -> str:
+def _published(claim: Claim) -> list[str]:
     """The published numbers behind a claim: first and last of each metric."""
     ends: dict[str, list[float]] = {}
     for comparison in claim.comparisons:
         before, after = comparison.published
         ends.setdefault(comparison.column, [before])[1:] = [after]
-    texts = [
-        f"{COLUMNS[column][0]} {number(before, column == 'utilization')} → {number(after, column == 'utilization')}"
-        for column, (before, after) in ends.items()
+    return [
+        f"{COLUMNS[column][0]} {' → '.join(number(value, column == 'utilization') for value in values)}"
+        for column, values in ends.items()
     ]
-    return f"{', '.join(texts)}; " if texts else ""
 
 
-def _results(stages: Sequence[Stage], folder: Path) -> str:
-    """Tables and figures, stage by stage."""
-    parts = []
-    for stage in stages:
-        tables, figures = stage.results("tables"), stage.results("figures")
-        if not tables and not figures:
-            continue
-        parts.append(f"<h2>{html.escape(stage.title)}</h2>")
-        parts.append(f'<p class="quiet">Notebook {_link(stage, folder)}.</p>')
-        parts += [_table(stage, result, folder) for result in tables]
-        parts += [_figure(stage, result, folder) for result in figures]
-    return "\n".join(parts)
+def _tables(stage: Stage, folder: Path) -> list[dict[str, str]]:
+    """The tables of a stage, also written into FOLDER/tables as CSV and Markdown."""
+    found = []
+    for result in stage.results("tables"):
+        source, name = stage.folder / result["file"], f"{stage.name}-{Path(result['file']).stem}"
+        shown, caption = readable(pd.read_csv(source)), result.get("caption", "")
+        with atomic_write(folder / "tables" / f"{name}.csv") as file:
+            file.write(source.read_text(encoding="utf-8"))
+        with atomic_write(folder / "tables" / f"{name}.md") as file:
+            file.write(f"{result['title']}\n\n{markdown_table(shown)}\n\n{caption}\n")
+        wide = [column for column in shown if shown[column].astype(str).str.len().max() > 40]
+        html = pages.Markup(html_table(shown, prose=wide))
+        found.append({"name": name, "title": result["title"], "caption": caption, "html": html})
+    return found
 
 
-def _table(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
-    source = stage.folder / result["file"]
-    frame = pd.read_csv(source)
-    name = f"{stage.name}-{Path(result['file']).stem}"
-    shown = readable(frame)
-    with atomic_write(folder / "tables" / f"{name}.csv") as file:
-        file.write(source.read_text(encoding="utf-8"))
-    with atomic_write(folder / "tables" / f"{name}.md") as file:
-        file.write(f"{result['title']}\n\n{markdown_table(shown)}\n\n{result.get('caption', '')}\n")
-    wide = [column for column in shown if shown[column].astype(str).str.len().max() > 40]
-    links = f'<a href="tables/{name}.csv">CSV</a>, <a href="tables/{name}.md">Markdown</a>'
-    caption = html.escape(result.get("caption", ""))
-    return (
-        f"<h3>{html.escape(result['title'])}</h3>{html_table(shown, prose=wide)}"
-        f'<p class="quiet">{caption} ({links})</p>'
-    )
-
-
-def _figure(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
-    links = []
-    for kind in ("png", "svg", "gif"):
-        if kind in result:
-            name = f"{stage.name}-{Path(result[kind]).name}"
+def _figures(stage: Stage, folder: Path) -> list[dict[str, Any]]:
+    """The figures of a stage, also written into FOLDER/figures: caption, alt, the PNG's data, file names by kind."""
+    found = []
+    for result in stage.results("figures"):
+        files = {kind: f"{stage.name}-{Path(result[kind]).name}" for kind in ("png", "svg", "gif") if kind in result}
+        for kind, name in files.items():
             with atomic_write(folder / "figures" / name, "wb") as file:
                 file.write((stage.folder / result[kind]).read_bytes())
-            links.append(f'<a href="figures/{html.escape(name)}">{kind.upper()}</a>')
-    return pages.figure(stage.folder / result["png"], result["caption"], result["alt"], f" ({', '.join(links)})")
+        png = base64.b64encode((stage.folder / result["png"]).read_bytes()).decode("ascii")
+        found.append({"caption": result["caption"], "alt": result["alt"], "files": files, "png": png})
+    return found
 
 
-def _provenance(stages: Sequence[Stage], folder: Path) -> str:
-    """How the numbers came about: one row a stage, then versions, machine and every parameter."""
-    if not stages:
-        return ""
-    rows = [
-        {
-            "Stage": _link(stage, folder),
-            "State": stage.manifest["state"],
-            "Time": clock(stage.manifest.get("seconds")),
-            "Peak memory": size(stage.manifest.get("peak_memory_bytes")),
-            "Peak GPU memory": size(stage.manifest.get("peak_gpu_memory_bytes")),
-            "Seed": str(stage.manifest["seed"]),
-            "Commit": commit(stage.manifest),
-            "Started (UTC)": stage.manifest["started"][:16].replace("T", " "),
-        }
-        for stage in stages
-    ]
-    frame = pd.DataFrame(rows)
-    if not frame["Peak GPU memory"].any():
-        frame = frame.drop(columns="Peak GPU memory")
-    total = clock(sum(stage.manifest.get("seconds") or 0 for stage in stages))
-    parts = [
-        "<h2>How these numbers came about</h2>",
-        html_table(frame, markup=["Stage"]),
-        f"<p>All stages together: {total}.</p>",
-    ]
-    for title, key in (("Machine", "machine"), ("Versions", "versions")):
-        values = {tuple(sorted((stage.manifest.get(key) or {}).items(), key=str)) for stage in stages}
-        texts = [", ".join(f"{k.removesuffix('_bytes')} {_plain(k, v)}" for k, v in value if v) for value in values]
-        parts.append(f"<p><strong>{title}.</strong> {html.escape('; or '.join(sorted(texts)))}.</p>")
-    for stage in stages:
-        values = stage.manifest["parameters"]
-        for own in stage.manifest.get("settings", {}).values():  # a record from before there were any has none
-            values = values | {name: value for name, value in own.items() if name not in values}
-        lines = pd.DataFrame([{"Parameter": k, "Value": repr(v)} for k, v in values.items()])
-        inside = html_table(lines, prose=["Value"]) if len(lines) else "<p>None.</p>"
-        parts.append(f"<details><summary>Parameters of {html.escape(stage.name)}</summary>{inside}</details>")
-    return "\n".join(parts)
+def _distinct(stages: Sequence[Stage], key: str) -> list[str]:
+    """What the stages' manifests say under KEY, each different one once."""
+    values = {tuple(sorted((stage.manifest.get(key) or {}).items(), key=str)) for stage in stages}
+    return sorted(
+        ", ".join(f"{name.removesuffix('_bytes')} {_plain(name, value)}" for name, value in one if value)
+        for one in values
+    )
 
 
 def _plain(key: str, value: Any) -> str:

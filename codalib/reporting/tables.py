@@ -14,7 +14,8 @@ from codalib.experiments.paper import COLUMNS, Table
 from codalib.experiments.statistics import SPREAD_SUFFIX
 
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
-FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies")  # shown in percent: columns with these words
+# Columns with these words are shown in percent.
+FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies", "token_change")
 PAPER_PREFIX = "paper_"
 pd.options.display.html.use_mathjax = False  # cells hold names of folders and classes, no formulas
 
@@ -76,7 +77,8 @@ def label(column: str) -> str:
     """A column of a CSV file as readers know it: `paper_rfid` -> "rFID (paper)"."""
     if column.startswith(PAPER_PREFIX):
         return f"{label(column.removeprefix(PAPER_PREFIX))} (paper)"
-    return COLUMNS[column][0] if column in COLUMNS else column.replace("_", " ").capitalize()
+    name, at, side = column.partition("@")  # of the images that a network sees, pixels
+    return (COLUMNS[name][0] if name in COLUMNS else name.replace("_", " ").capitalize()) + (at and f" at {side} px")
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:

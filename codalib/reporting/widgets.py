@@ -7,7 +7,9 @@ kernel; `show` hands a notebook both.
 import base64
 import html
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import anywidget
 import ipywidgets as w
@@ -53,6 +55,12 @@ class Picture(anywidget.AnyWidget):
             self.source = "data:image/png;base64," + base64.b64encode(rich.png(rich.to_bytes(image))).decode("ascii")
             self.alt = alt
 
+    def divide(self, grid: int) -> None:
+        """Let a cell of GRID x GRID be pointed at; the one that is stays inside."""
+        with self.hold_sync():
+            self.cell = [min(place, grid - 1) for place in self.cell]
+            self.grid = grid
+
 
 def show(explorer: "Explorer") -> None:
     """Show an explorer in a notebook: live where there is a kernel, as its still where there is none."""
@@ -60,13 +68,18 @@ def show(explorer: "Explorer") -> None:
     display(bundle | {"text/html": explorer.still()}, raw=True)
 
 
-class Explorer:
+class Explorer(Protocol):
     """What all have: a view, and a still of its state."""
 
     view: w.Widget
 
-    def still(self) -> str:
-        raise NotImplementedError
+    def still(self) -> str: ...
+
+
+def call(function: Callable[[], None], *sources: tuple[traitlets.HasTraits, str]) -> None:
+    """Call FUNCTION whenever a trait of one of the (widget, name of the trait) changes."""
+    for widget, name in sources:
+        widget.observe(lambda _: function(), name)
 
 
 class ImageChoice(traitlets.HasTraits):
@@ -83,7 +96,7 @@ class ImageChoice(traitlets.HasTraits):
         self.upload = w.FileUpload(accept="image/*", multiple=False, description="your own")
         self.message = w.HTML()
         self.view = _row(self.number, self.upload, self.message)
-        self.number.observe(lambda _: self._chosen(), "value")
+        call(self._chosen, (self.number, "value"))
         self.upload.observe(self._uploaded, "value")
         self._take(shown["image"])
 
@@ -107,7 +120,7 @@ class ImageChoice(traitlets.HasTraits):
                 self.message.value = html.escape(str(error))
 
 
-class LevelExplorer(Explorer):
+class LevelExplorer:
     """Slide the number of levels; the picture, its error and its bits follow."""
 
     def __init__(self, choice: ImageChoice):
@@ -116,8 +129,7 @@ class LevelExplorer(Explorer):
         self.levels = w.IntSlider(levels, 1, levels, description="levels", continuous_update=True)
         self.original, self.decoded, self.text = Picture(), Picture(), w.HTML()
         self.view = w.VBox([choice.view, self.levels, _row(self.original, self.decoded, self.text)])
-        self.levels.observe(lambda _: self.draw(), "value")
-        choice.observe(lambda _: self.draw(), "explained")
+        call(self.draw, (self.levels, "value"), (choice, "explained"))
         self.draw()
 
     def draw(self) -> None:
@@ -137,15 +149,12 @@ class LevelExplorer(Explorer):
 
     def still(self) -> str:
         explained = self.choice.explained
-        cells = [_captioned(explained.image, "the image")]
-        cells += [
-            _captioned(view.picture, f"{view.levels}: {view.bits:,.0f} bits, {view.psnr:.1f} dB")
-            for view in explained.views
-        ]
-        return _cells(cells)
+        texts = {view.levels: f"{view.levels}: {view.bits:,.0f} bits, {view.psnr:.1f} dB" for view in explained.views}
+        views = [_captioned(view.picture, texts[view.levels]) for view in explained.views]
+        return _cells([_captioned(explained.image, "the image"), *views])
 
 
-class AssignmentExplorer(Explorer):
+class AssignmentExplorer:
     """Point at a position; see which codes suit it at a level, which one is taken, and where else that is at home."""
 
     def __init__(self, choice: ImageChoice, counts: Tensor):
@@ -155,17 +164,14 @@ class AssignmentExplorer(Explorer):
         self.picture, self.map = Picture(mode="cell"), w.HTML()
         self.text, self.through, self.homes = w.HTML(), w.HTML(), w.HTML()
         self.view = w.VBox([self.level, _row(self.picture, self.map, self.text, self.through), self.homes])
-        self.level.observe(lambda _: self.draw(), "value")
-        self.picture.observe(lambda _: self.point(), "cell")
-        choice.observe(lambda _: self.draw(), "explained")
+        call(self.draw, (self.level, "value"), (choice, "explained"))
+        call(self.point, (self.picture, "cell"))
         self.draw()
 
     def draw(self) -> None:
         explained = self.choice.explained
         grid = explained.tokens.scales[self.level.value - 1]
-        with self.picture.hold_sync():
-            self.picture.cell = [min(place, grid - 1) for place in self.picture.cell]
-            self.picture.grid = grid
+        self.picture.divide(grid)
         self.picture.put(explained.views[self.level.value - 1].picture, f"decoded from {self.level.value} levels")
         codes = explained.tokens[self.level.value - 1][0]
         self.map.value = rich.picture(
@@ -186,13 +192,10 @@ class AssignmentExplorer(Explorer):
                 for number, at in enumerate(through_levels(self.choice.explained, *self._place()), start=1)
             ],
         )
-        found = images_of_code(self.counts, codes[0])
+        images = self.choice.images
         homes = [
-            _captioned(
-                self.choice.images[number]["image"],
-                f"{_count(times, 'time')}: {self.choice.images.items[number].caption}",
-            )
-            for number, times in found
+            _captioned(images[number]["image"], f"{_count(times, 'time')}: {images.items[number].caption}")
+            for number, times in images_of_code(self.counts, codes[0])
         ]
         total = int((self.counts[:, codes[0]] > 0).sum())
         self.homes.value = (
@@ -211,7 +214,7 @@ class AssignmentExplorer(Explorer):
         return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{parts}</div>{self.homes.value}'
 
 
-class EditExplorer(Explorer):
+class EditExplorer:
     """Point at a token, put another code in its place or mask it, and decode."""
 
     def __init__(self, choice: ImageChoice):
@@ -226,11 +229,11 @@ class EditExplorer(Explorer):
         self.picture, self.text = Picture(mode="cell"), w.HTML()
         buttons = _row(self.code, self.swap, self.erase, self.undo)
         self.view = w.VBox([self.level, buttons, _row(self.picture, self.text)])
-        self.level.observe(lambda _: self.draw(), "value")
+        call(self.draw, (self.level, "value"))
+        call(self.start, (choice, "explained"))
         self.swap.on_click(lambda _: self.edit(self.code.value))
         self.erase.on_click(lambda _: self.edit(-1))
         self.undo.on_click(lambda _: self.start())
-        choice.observe(lambda _: self.start(), "explained")
         self.start()
 
     def start(self) -> None:
@@ -245,10 +248,7 @@ class EditExplorer(Explorer):
         self.draw()
 
     def draw(self) -> None:
-        grid = self.tokens.scales[self.level.value - 1]
-        with self.picture.hold_sync():
-            self.picture.cell = [min(place, grid - 1) for place in self.picture.cell]
-            self.picture.grid = grid
+        self.picture.divide(self.tokens.scales[self.level.value - 1])
         self.decoded = self.choice.tokenizer.decode(self.tokens, partial=True)[0].cpu()
         self.picture.put(self.decoded, f"decoded after {_count(self.changed, 'change')}")
         far = (self.decoded.clamp(-1, 1) - self.choice.explained.views[-1].picture.clamp(-1, 1)).abs() / 2
@@ -271,7 +271,7 @@ class EditExplorer(Explorer):
         return _cells([_captioned(decode(own, partial=True)[0], name) for name, own in edits.items()])
 
 
-class _Sampler(Explorer):
+class _Sampler:
     """Sliders of decoding, a button, and the frames on the way; a subclass says what is asked for and what is fixed."""
 
     def __init__(self, tokenizer: CodaTokenizer, model: MaskGIT, encoder: TextEncoder | None = None, steps: int = 8):
@@ -296,16 +296,17 @@ class _Sampler(Explorer):
         self.result, self.message = w.HTML(), w.HTML()
         self.frames: list[Frame] = []
         self.button.on_click(lambda _: self.draw())
-        self.moment.observe(lambda _: self.look(), "value")
+        call(self.look, (self.moment, "value"))
         self.controls = _row(
             self.wanted, self.steps, self.guidance, self.temperature, self.order, self.seed, self.button
         )
         self.watch = _row(self.play, self.moment, self.message)
 
     def condition(self) -> Condition:
+        device = self.model.positions.device
         if self.table is not None:
-            return self.table.condition([self.wanted.value] * SAMPLES)
-        return torch.full((SAMPLES,), self.wanted.value)
+            return self.table.condition([self.wanted.value] * SAMPLES, device)
+        return torch.full((SAMPLES,), self.wanted.value, device=device)
 
     def fixed(self) -> Tokens | None:
         return None
@@ -361,45 +362,36 @@ class SampleExplorer(_Sampler):
 
     def still(self) -> str:
         shown = [self.frames[int(i)] for i in torch.linspace(0, len(self.frames) - 1, min(4, len(self.frames))).round()]
-        return f"{html.escape(_asked(self.wanted))}{''.join(map(_frame, shown))}"
+        asked = str(getattr(self.wanted, "label", None) or self.wanted.value)
+        return f"{html.escape(asked)}{''.join(map(_frame, shown))}"
 
 
 class InpaintExplorer(_Sampler):
-    """Drag a box on an image and let the generator fill it, as the class or caption asks."""
+    """Drag a box on an image and let a generator of classes fill it."""
 
-    def __init__(
-        self,
-        tokenizer: CodaTokenizer,
-        model: MaskGIT,
-        images: ImageDataset,
-        first: int = 0,
-        encoder: TextEncoder | None = None,
-        steps: int = 8,
-    ):
-        super().__init__(tokenizer, model, encoder, steps)
+    def __init__(self, tokenizer: CodaTokenizer, model: MaskGIT, images: ImageDataset, first: int = 0, steps: int = 8):
+        super().__init__(tokenizer, model, steps=steps)
         self.choice = ImageChoice(tokenizer, images, first)
         levels = len(tokenizer.quantizer.scales)
-        self.kept = w.IntSlider(1, 0, levels - 1, description="kept levels")
+        self.coarse = w.IntSlider(1, 0, levels - 1, description="kept levels")
         self.picture, self.masked = Picture(mode="box"), Picture()
         self.view = w.VBox(
-            [self.choice.view, self.controls, self.kept, _row(self.picture, self.masked), self.watch, self.result]
+            [self.choice.view, self.controls, self.coarse, _row(self.picture, self.masked), self.watch, self.result]
         )
-        self.picture.observe(lambda _: self.mask(), "box")
-        self.kept.observe(lambda _: self.mask(), "value")
-        self.choice.observe(lambda _: self.start(), "explained")
+        call(self.mask, (self.picture, "box"), (self.coarse, "value"))
+        call(self.start, (self.choice, "explained"))
         self.start()
         self.draw()
 
     def start(self) -> None:
         self.picture.put(self.choice.explained.image, "the image; drag a box on it")
-        if self.table is None:
-            label = self.choice.images.items[self.choice.number.value].label
-            self.wanted.value = min(label, self.model.num_classes - 1)
+        label = self.choice.images.items[self.choice.number.value].label
+        self.wanted.value = min(label, self.model.num_classes - 1)
         self.mask()
 
     def mask(self) -> None:
         """Mask the tokens that the box meets, and show what the others say."""
-        self.known = keep_outside(self.choice.explained.tokens, tuple(self.picture.box), self.kept.value)
+        self.known = keep_outside(self.choice.explained.tokens, tuple(self.picture.box), self.coarse.value)
         self.masked.put(self.tokenizer.decode(self.known, partial=True)[0], "what is left without the box's tokens")
 
     def fixed(self) -> Tokens:
@@ -455,7 +447,3 @@ def _frame(frame: Frame) -> str:
     known = [_captioned(image, f"{int(n)} known") for image, n in zip(frame.known, frame.unmasked, strict=True)]
     guess = [_captioned(image, f"step {frame.number}") for image in frame.guess]
     return f"{_cells(known)}{_cells(guess)}"
-
-
-def _asked(widget: w.Widget) -> str:
-    return str(getattr(widget, "label", None) or widget.value)

@@ -1,8 +1,7 @@
 """Time and peak memory of the quantizers: `codalib bench` measures them into reports/bench/ and runs notebooks/bench.
 
-Each case runs in a process of its own, so that its peak memory is its own. What is measured is kept in runs/bench/, one
-file a case, and is not measured again as long as the code, the machine and torch stay the same: a run that was stopped
-goes on where it was.
+Each case runs in a process of its own, so that its peak memory is its own. Its result is cached in runs/bench/, a file
+a case, as long as the code, the machine and torch stay the same: a run that was stopped goes on where it was.
 """
 
 import argparse
@@ -120,7 +119,7 @@ def measure(case: Case, repeats: int = REPEATS) -> dict[str, Any]:
 
 
 def _seconds_of_compiling(case: Case) -> float | None:
-    """What the first use of the compiled backend takes where nothing is kept on disk; None without a compiler."""
+    """What the first use of the compiled backend takes with an empty cache on disk; None without a compiler."""
     step = replace(case, task="step")
     workload(replace(step, implementation="tiled"))()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -165,11 +164,11 @@ def _status_bytes(field: str) -> int:
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
-def run(cases: Sequence[Case], kept: Path, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """One row a case: measured now, each in a process of its own, or read from KEPT where nothing has changed since."""
+def run(cases: Sequence[Case], cache: Path, repeats: int = REPEATS) -> list[dict[str, Any]]:
+    """One row a case: measured now, each in a process of its own, or read from CACHE where nothing changed since."""
     fingerprint, rows = _fingerprint(repeats), []
     for case in tqdm(cases, desc="benchmark", unit="case"):
-        file = kept / f"{case.name}.json"
+        file = cache / f"{case.name}.json"
         old = read_json(file) if file.exists() else {}
         if old.get("fingerprint") != fingerprint:
             result = {"state": case.too_large} if case.too_large else _measure_apart(case, repeats)
@@ -223,20 +222,16 @@ def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, lis
     for name, table in tables.items():
         with atomic_write(folder / f"{name}.csv") as file:
             table.to_csv(file, index=name == "rates", float_format="%.6g")
-    return {
-        "tables": [
-            {"file": "results.csv", "title": "Time and memory", "caption": "One row a case; seconds and bytes."},
-            {"file": "rates.csv", "title": "Rates", "caption": "Operations a second; compile_seconds in seconds."},
-        ]
-    }
+    texts = {"results": ("Time and memory", "One row a case; seconds and bytes.")}
+    texts["rates"] = ("Rates", "Operations a second; compile_seconds in seconds.")
+    rows = [{"file": f"{name}.csv", "title": title, "caption": caption} for name, (title, caption) in texts.items()]
+    return {"tables": rows}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not yet measured, write the CSV and the page."""
     parser = argparse.ArgumentParser(prog="codalib bench", description=main.__doc__)
     parser.add_argument("--quick", action="store_true", help="a few tiny cases, into runs/bench-quick")
-    parser.add_argument("--folder", type=Path, help="where the page and the CSV go (reports/bench)")
-    parser.add_argument("--kept", type=Path, help="where measured cases are kept (runs/bench)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"of which the best counts ({REPEATS})")
     one = parser.add_argument_group("one case in this process, its result as JSON")
     one.add_argument("--result", type=Path, help="file of the result")
@@ -251,15 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from codalib.workflow.execute import execute  # what it loads has no place in the process of a case
 
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    kept = (given.kept or runs_folder("bench-quick" if given.quick else "bench")).resolve()
-    folder = (given.folder or (kept / "page" if given.quick else reports_folder("bench"))).resolve()
+    cache = runs_folder("bench-quick" if given.quick else "bench").resolve()
+    folder = cache / "page" if given.quick else reports_folder("bench").resolve()
     cases = plan(devices, given.quick)
     settings = {"repeats": given.repeats, "quick": given.quick, "threads": threads(), "cases": len(cases)}
     record = Run(folder, "bench", settings, seed=SEED)
-    record.finish(write_rows(run(cases, kept, given.repeats), folder))
-    notebook, own = (
-        project_folder() / "notebooks" / "bench.ipynb",
-        {"folder": str(folder), "output": str(kept / "plots")},
-    )
+    record.finish(write_rows(run(cases, cache, given.repeats), folder))
+    notebook, own = project_folder() / "notebooks/bench.ipynb", {"folder": str(folder), "output": str(cache / "plots")}
     log.info("The results: %s", execute(notebook, "smoke", own, page=folder / "index.html"))
     return 0

@@ -1,22 +1,21 @@
 """Download pretrained networks into the weights folder: `codalib fetch --profile PROFILE`, or `... NAME ...`.
 
-A file that is here is checked against the SHA-256 kept when it came (checksums.json, in the weights folder) or the
-digits in its name; one on its way from the Hugging Face Hub against the Hub's. huggingface_hub says where the Hub's
-files lie and what they are; it would begin an interrupted file anew, so `download` carries every file and continues
-where it broke off. Without a network each missing file gets one sentence: where it is, where to put it.
+A file that is here is checked against the SHA-256 noted when it came (checksums.json, in the weights folder) or the
+digits in its name; one on its way from the Hugging Face Hub against the Hub's. huggingface_hub carries the bytes of
+every file; what came of one that was interrupted stays here, since huggingface_hub itself would begin anew. Without a
+network each missing file gets one sentence: where it is, where to put it.
 """
 
 import argparse
 import errno
+import glob
 import hashlib
-import http.client
 import logging
+import math
 import os
 import re
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -26,22 +25,22 @@ from urllib.parse import urlsplit
 
 import huggingface_hub
 from filelock import FileLock, Timeout
-from huggingface_hub import constants
+from huggingface_hub import HfFileMetadata, constants
 from huggingface_hub.errors import HfHubHTTPError
-from tqdm.auto import tqdm
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
 
 from codalib.base.files import read_json, write_json
 from codalib.base.paths import project_folder
 from codalib.pretrained.registry import NETWORKS, Network, find_weights, has_weights, weights_folder
-from codalib.workflow.profiles import StageError, profile_path, profile_section, profile_stages
+from codalib.workflow.profiles import StageError, profile_path, profile_section, profile_stages, texts_in
 
 log = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"  # in the weights folder: {file: {"sha256", "bytes", "from"}}
 LOCK = ".lock"  # in the weights folder: held by the process that writes there
-ATTEMPTS = 3  # connections a file; each goes on where the last one broke off
 TIMEOUT = 30  # seconds without an answer
-CHUNK = 2**20  # bytes
+REDIRECTIONS = 5  # from one server to another
 SHA256 = re.compile(r"[0-9a-f]{64}")  # the etag of a large file on the Hub; a small one's has fewer digits
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 REFUSED = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
@@ -74,22 +73,12 @@ def needed(profile: str) -> list[str]:
     """
     profile_path(profile)  # an unknown one stops here, with the known ones named
     notebooks = sorted(path.stem for path in (project_folder() / "notebooks").glob("*.ipynb"))
-    values = {text for name in profile_stages(profile, notebooks) for text in _texts(profile_section(profile, name))}
+    values = {text for name in profile_stages(profile, notebooks) for text in texts_in(profile_section(profile, name))}
     names = {name for name, network in NETWORKS.items() if values & {name, network.file}}
     names |= {name for other, name in OTHER_NAMES.items() if other in values}
     if names & set(PUBLISHED):
         names |= set(PAPERS_METRICS)
     return [name for name in NETWORKS if name in names]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
 
 
 # --- one network ------------------------------------------------------------------------------------------------------
@@ -110,7 +99,7 @@ def fetch(name: str) -> list[str]:
     for names in network.contents:
         files = {inner: folder / inner for inner in names}
         if here is not None:  # what else the server may hold is not asked for again, unless it was on its way
-            files = {inner: path for inner, path in files.items() if path.exists() or _part(path).exists()}
+            files = {inner: path for inner, path in files.items() if path.exists() or _parts(path)}
         problems, absent = _problems(network, files)
         last = names == network.contents[-1]
         if problems and (not absent or (last and not network.is_whole(folder))):
@@ -136,23 +125,21 @@ def _problems(network: Network, files: dict[str, Path]) -> tuple[list[str], bool
 
 
 def _fetch_file(network: Network, inner: str, path: Path) -> None:
-    url, repository, file = network.url, "", {"sha256": _digits_in_name(path)}
+    url, repository, token = network.url, "", None
     if network.hub:
         owner, name, outer = network.hub.split("/", 2)
         endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
         repository, inside = f"{endpoint}/{owner}/{name}", "/".join(filter(None, (outer, inner)))
         url = huggingface_hub.hf_hub_url(f"{owner}/{name}", inside, endpoint=endpoint)
+        token = huggingface_hub.get_token()  # HF_TOKEN, or what a login to the Hub left
     by_hand = f"get {url} by another way and put it at {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone():
-            if path.is_file():  # another process has brought it meanwhile
-                return
-            if network.hub:
-                file |= _on_the_hub(url)
-            download(url, path, **file)
-    except (urllib.error.HTTPError, HfHubHTTPError) as error:
-        code = error.code if isinstance(error, urllib.error.HTTPError) else error.response.status_code
+            if not path.is_file():  # or another process has brought it meanwhile
+                download(url, path, _digits_in_name(path), token)
+    except HfHubHTTPError as error:
+        code = error.response.status_code
         said = f"{code} {HTTPStatus(code).phrase}"
         if repository and code in REFUSED:
             raise FetchError(
@@ -161,8 +148,8 @@ def _fetch_file(network: Network, inner: str, path: Path) -> None:
             ) from error
         kind = NotThere if code == HTTPStatus.NOT_FOUND else FetchError
         raise kind(f"{path.name} was not fetched (the server says {said}): {by_hand}.") from error
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             by_hand = "set CODALIB_WEIGHTS to a folder that can be written"
         raise FetchError(f"{path.name} was not fetched ({_reason(error)}): {by_hand}.") from error
 
@@ -182,124 +169,79 @@ def _alone() -> Iterator[None]:
         lock.release()
 
 
-def _on_the_hub(url: str) -> dict[str, str]:
-    """What `download` needs to know about a file of the Hub; the token stays with the Hub's own host."""
-    token = huggingface_hub.get_token()  # HF_TOKEN, or what a login to the Hub left
-    try:
-        file = huggingface_hub.get_hf_file_metadata(url, token=token or False, timeout=TIMEOUT)
-    except HfHubHTTPError:
-        raise
-    except Exception as error:  # those of huggingface_hub's HTTP client, which is another in each of its versions
-        raise ConnectionError(_reason(error)) from error
-    known = {"location": file.location, "version": file.etag or ""}
-    if SHA256.fullmatch(known["version"]):
-        known["sha256"] = known["version"]
-    return known | ({"token": token} if token and urlsplit(file.location).netloc == urlsplit(url).netloc else {})
-
-
 def _reason(error: Exception) -> str:
-    error = getattr(error, "reason", None) or error  # urllib wraps what happened
     return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
-def download(url: str, path: Path, sha256: str = "", location: str = "", version: str = "", token: str = "") -> None:
-    """Download a file, going on from PATH.part if it is there, and rename it to PATH once its SHA-256 is right.
+def download(url: str, path: Path, sha256: str = "", token: str | None = None) -> None:
+    """Download a file, going on from its part if that is here, and rename it to PATH once its SHA-256 is right.
 
     Args:
         url: http or https.
         path: in a folder that is there.
-        sha256: all or its first digits; "" takes whatever comes.
-        location: where the server keeps the file, if not at the URL.
-        version: changes with the file; "" takes the server's ETag or date. Without any, nothing is gone on with.
-        token: sent to the location's host, and to no other that it redirects to.
+        sha256: all or its first digits; "" takes whatever comes. The Hub's own goes before it.
+        token: sent to the URL's host, and to no other that it redirects to.
     Raises:
         FetchError: another SHA-256; what came is removed. Or the disk is full.
-        OSError, http.client.HTTPException: no connection, or one that broke off; PATH.part stays.
+        HfHubHTTPError: the server refuses.
+        OSError: no connection, or one that broke off; the part stays.
     """
-    part = _part(path)
-    request = urllib.request.Request(location or url, headers={"User-Agent": "codalib"})
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-    for attempt in range(ATTEMPTS):
-        try:
-            _continue(request, part, version)
-            break
-        except urllib.error.HTTPError:
-            raise
-        except (OSError, http.client.HTTPException) as error:
-            if attempt == ATTEMPTS - 1 or not part.exists():
-                raise
-            log.warning("%s broke off (%s): going on", path.name, _reason(error))
-    found = sha256_of(part)
-    if not found.startswith(sha256):
-        _discard(part)
+    try:
+        found, token = _look_up(url, token)
+        part = _part_of(path, found)
+        _receive(found, token, part)
+    except (FetchError, HfHubHTTPError, OSError):
+        raise
+    except Exception as error:  # those of huggingface_hub's HTTP client, which is another in each of its versions
+        raise ConnectionError(f"the connection broke off: {_reason(error)}; run again to go on") from error
+    got = sha256_of(part)
+    expected = found.etag if SHA256.fullmatch(found.etag or "") else sha256
+    if not got.startswith(expected):
+        part.unlink()
         raise FetchError(
-            f"{path.name}: expected a SHA-256 that begins with {sha256}, got {found}: what came from {url} was "
+            f"{path.name}: expected a SHA-256 that begins with {expected}, got {got}: what came from {url} was "
             "removed, so run again; if it happens again, the file there is another."
         )
     size = part.stat().st_size
     part.replace(path)
-    _discard(part)
-    _keep(path, found, size, url)
+    _note(path, got, size, url)
 
 
-def _continue(request: urllib.request.Request, part: Path, version: str) -> None:
-    """Append what is missing to PART, or start over where the server cannot go on or has another file by now."""
-    done = part.stat().st_size if part.exists() else 0
-    if done:
-        request.add_header("Range", f"bytes={done}-")
-    else:
-        request.remove_header("Range")
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if not done or error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            raise
-        if error.headers.get("Content-Range") == f"bytes */{done}":  # nothing was missing
-            return
-        _discard(part)
-        return _continue(request, part, version)
-    with response:
-        version, known = version or _version_of(response), _version(part)
-        appending = response.status == HTTPStatus.PARTIAL_CONTENT
-        if appending and not (version and known.exists() and known.read_text() == version):
-            _discard(part)
-            return _continue(request, part, version)
-        done = done if appending else 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else done + int(length)
-        free = shutil.disk_usage(part.parent).free
-        if total is not None and total - done > free:
-            raise FetchError(f"{part.stem} needs {total - done:,} bytes and {part.parent} has {free:,}: free some.")
-        known.write_text(version)
-        with (
-            open(part, "ab" if appending else "wb") as file,
-            tqdm(total=total, initial=done, desc=part.stem, unit="B", unit_scale=True, mininterval=1.0) as bar,
-        ):
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
-                done += len(chunk)
-                bar.update(len(chunk))
-    if total is not None and done < total:
-        raise ConnectionError(f"the connection broke off after {done:,} of {total:,} bytes; run again to go on")
+def _look_up(url: str, token: str | None) -> tuple[HfFileMetadata, str | None]:
+    """Where a file lies, its version and size; and the token, None where it lies with another host than the URL's."""
+    for _ in range(REDIRECTIONS):
+        found = huggingface_hub.get_hf_file_metadata(url, token=token or False, timeout=TIMEOUT)
+        token = token if urlsplit(found.location).netloc == urlsplit(url).netloc else None
+        if found.etag or found.location == url:
+            return found, token
+        url = found.location
+    raise ConnectionError(f"{url} leads on and on")
 
 
-def _version_of(response: http.client.HTTPResponse) -> str:
-    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+def _part_of(path: Path, found: HfFileMetadata) -> Path:
+    """Where what has come of a file lies; parts of another version are removed, all where the server tells none."""
+    part = path.with_name(f"{path.name}.{hashlib.sha256((found.etag or '').encode()).hexdigest()[:8]}.part")
+    for old in _parts(path):
+        if old != part or not found.etag or old.stat().st_size > (found.size or math.inf):
+            old.unlink()
+    return part
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _parts(path: Path) -> list[Path]:
+    return list(path.parent.glob(f"{glob.escape(path.name)}.*.part"))
 
 
-def _version(part: Path) -> Path:
-    return part.with_name(part.name + ".etag")
-
-
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _version(part).unlink(missing_ok=True)
+def _receive(found: HfFileMetadata, token: str | None, part: Path) -> None:
+    """Append to PART what is missing; after a broken connection http_get itself goes on a few times."""
+    done, free = part.stat().st_size if part.exists() else 0, shutil.disk_usage(part.parent).free
+    if found.size is not None and found.size - done > free:
+        raise FetchError(f"{part.name} needs {found.size - done:,} bytes and {part.parent} has {free:,}: free some.")
+    headers, name = build_hf_headers(token=token or False), part.name.rsplit(".", 2)[0]
+    with open(part, "ab") as file:
+        http_get(
+            found.location, file, resume_size=done, headers=headers, expected_size=found.size, displayed_filename=name
+        )
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------
@@ -315,7 +257,7 @@ def _digits_in_name(path: Path) -> str:
 
 
 def _verify(path: Path) -> None:
-    """Check a file that is here against what is known of it; keep its SHA-256 where nothing was."""
+    """Check a file that is here against what is known of it; note its SHA-256 where nothing was."""
     known = _checksums().get(_key(path), {}).get("sha256")
     found = sha256_of(path)
     expected = known or _digits_in_name(path)
@@ -327,12 +269,12 @@ def _verify(path: Path) -> None:
     if known is None:
         try:
             with _alone():
-                _keep(path, found, path.stat().st_size, "was here")
+                _note(path, found, path.stat().st_size, "was here")
         except OSError as error:  # a folder of others, that one may only read
-            log.warning("the SHA-256 of %s is not kept (%s)", path, _reason(error))
+            log.warning("the SHA-256 of %s is not noted (%s)", path, _reason(error))
 
 
-def _keep(path: Path, sha256: str, size: int, origin: str) -> None:
+def _note(path: Path, sha256: str, size: int, origin: str) -> None:
     row = {"sha256": sha256, "bytes": size, "from": origin}
     write_json(weights_folder() / CHECKSUMS, _checksums() | {_key(path): row})
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from codalib.base.hardware import to_device
 from codalib.base.processes import launch
 from codalib.base.seeds import sample_generators
 from codalib.datasets.text import CaptionTable, TextEncoder, build_text_encoder
@@ -79,11 +80,12 @@ class MaskGITStage(Stage):
     def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
         own = self.settings
         for i, batch in enumerate(micro_batches):
-            tokens = batch["tokens"].to(self.device)
-            mask = sample_mask(len(tokens), self.model.scales, own.mask_ratio, own.coarse_first).to(self.device)
-            dropped = (torch.rand(len(tokens)) < own.condition_dropout).to(self.device)
+            mask = sample_mask(len(batch["tokens"]), self.model.scales, own.mask_ratio, own.coarse_first)
+            dropped = torch.rand(len(mask)) < own.condition_dropout
+            rows = mask.flatten().nonzero()[:, 0]  # here, where nobody waits for it
+            tokens, mask, dropped, rows = (to_device(x, self.device) for x in (batch["tokens"], mask, dropped, rows))
             with self.autocast():
-                loss = self.parallel(tokens, mask, self.condition(batch), dropped, own.label_smoothing)
+                loss = self.parallel(tokens, mask, self.condition(batch), dropped, own.label_smoothing, rows)
             last = i == len(micro_batches) - 1
             self.trainer.update(loss, {"loss": loss}, "generator", list(self.model.parameters()), last)
         return {"loss": loss.detach()}
@@ -94,7 +96,7 @@ class MaskGITStage(Stage):
         with self.autocast():
             sums = validation_sums(self.model, self.val, self.condition, own.batch_size, own.seed, *place)
         self.model.train()
-        return metrics_from(self.accelerator.reduce(sums.to(self.device), "sum").cpu())
+        return metrics_from(self.accelerator.reduce(sums, "sum").cpu())
 
 
 def train_maskgit(
@@ -221,7 +223,7 @@ def condition_from(
 ) -> Condition:
     """The condition of some images as the model takes it: their labels, their captions' embeddings, or None."""
     if kind == "class":
-        return labels.to(device)
+        return to_device(labels, device)
     return None if kind == "none" else table.condition(captions, device)
 
 
@@ -229,28 +231,31 @@ def condition_from(
 def validation_sums(
     model: MaskGIT, cache: TokenCache, condition_of, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """Sums over a cache's first view that `metrics_from` turns into measures: (levels, 3) float64, on the CPU.
+    """Sums over a cache's first view that `metrics_from` turns into measures: (levels, 3) float64.
 
     For each level: the cross-entropy (nats, without label smoothing), how many tokens are right, how many were hidden.
     Which tokens of an image are hidden (cosine) depends on the seed and the image alone. Process `rank` of
     `world_size` takes every world_size-th row.
     """
     device = model.positions.device
-    sums = torch.zeros(len(model.scales), 3, dtype=torch.float64)
+    sums = torch.zeros(len(model.scales), 3, dtype=torch.float64, device=device)
     rows = [int(row) for row in (cache.view == 0).nonzero()[0]][rank::world_size]
     for begin in range(0, len(rows), batch_size):
         batch = cache.batch(rows[begin : begin + batch_size])
         masks = [
             sample_mask(1, model.scales, generator=own) for own in sample_generators(seed, batch["index"].tolist())
         ]
-        tokens, mask = batch["tokens"].to(device), torch.cat(masks).to(device)
-        hidden = model.features(tokens.masked_fill(mask, model.mask_token), condition_of(batch))[mask]  # (M, D)
-        targets, levels = tokens[mask], model.token_levels.expand_as(tokens)[mask]
+        mask = torch.cat(masks)
+        places = to_device(mask.flatten().nonzero()[:, 0], device)  # (M,)
+        tokens, mask = to_device(batch["tokens"], device), to_device(mask, device)
+        features = model.features(tokens.masked_fill(mask, model.mask_token), condition_of(batch))
+        hidden, targets = features.flatten(0, 1)[places], tokens.flatten()[places]  # (M, D), (M,)
+        levels = model.token_levels[places % model.num_tokens]
         for part in torch.arange(len(targets), device=device).split(max(1, SCORED_ROWS)):
             logits = model.logits(hidden[part]).float()  # (M, K)
             loss = nn.functional.cross_entropy(logits, targets[part], reduction="none")
             scores = torch.stack([loss, (logits.argmax(dim=1) == targets[part]).float(), torch.ones_like(loss)], dim=1)
-            sums.index_add_(0, levels[part].cpu(), scores.double().cpu())
+            sums.index_add_(0, levels[part], scores.double())
     return sums
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from codalib.base.files import atomic_write
+from codalib.base.hardware import to_device
 from codalib.base.seeds import sample_generators
 from codalib.evaluation.latents import latent_scores
 from codalib.models.data_start import start_from_data
@@ -60,7 +61,7 @@ class QuantizerStage(Stage):
         if step in self.snapshots:
             self.save_snapshot(step)
         for i, batch in enumerate(micro_batches):
-            output = self.quantizer(batch.to(self.device))
+            output = self.quantizer(to_device(batch, self.device))
             terms = {"quantization": output.quantization_loss, "entropy": output.entropy_loss}
             loss = weighted_sum(terms, self.weights)
             last = i == len(micro_batches) - 1

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from codalib.base.hardware import to_device
 from codalib.datasets.images import ImageDataset, share_content_digests, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
@@ -107,7 +108,7 @@ class TokenizerStage(Stage):
 
     def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
         for i, batch in enumerate(micro_batches):
-            images, last = batch["image"].to(self.device), i == len(micro_batches) - 1
+            images, last = to_device(batch["image"], self.device), i == len(micro_batches) - 1
             terms, reconstruction, maps = self.generator_step(images, step, last)
             if self.discriminator is not None:
                 terms |= self.discriminator_step(images, reconstruction, maps, last)

@@ -152,6 +152,7 @@ class Trainer:
             self.ema.to(accelerator.device)
         self.base_rates = {n: [g["lr"] for g in o.param_groups] for n, o in optimizers.items()}
         self.step, self.seconds, self.ends = 0, 0.0, False
+        self._unchecked: list[tuple[int, dict[str, Tensor]]] = []  # terms whose finiteness nobody has asked for yet
 
     # --- one run ------------------------------------------------------------------------------------------------------
 
@@ -196,6 +197,8 @@ class Trainer:
             self.seconds = before + time.monotonic() - started
             self.ends = self.step == self.settings.steps
             self.ends |= limit is not None and limit.ends(self.seconds, self.step, self.settings.steps)
+            if self.step == 1 or any(self._due(every) for every in self._looks):
+                self._check_terms()
             row = {}
             if self.step == 1 or self._due(self.settings.log_every):
                 row = {name: value.item() for name, value in terms.items()}
@@ -212,6 +215,11 @@ class Trainer:
         if tracker:
             tracker.finish()
 
+    @property
+    def _looks(self) -> tuple[int, ...]:
+        """After how many steps something of the training is kept or shown."""
+        return self.settings.log_every, self.settings.evaluate_every, self.settings.checkpoint_every
+
     def _due(self, every: int) -> bool:
         return self.ends or bool(every and self.step % every == 0)
 
@@ -219,13 +227,27 @@ class Trainer:
         self, loss: Tensor, terms: dict[str, Tensor], name: str, parameters: list[nn.Parameter], last: bool
     ) -> None:
         """Back-propagate one micro-batch's loss; on the last one clip the gradients' norm and take the step."""
-        check_finite(terms, self.step, self.newest())
+        self._keep_terms(terms)
         self.accelerator.backward(loss / self.settings.accumulation)
         if last:
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-            check_finite({f"gradient norm of the {name}": norm}, self.step, self.newest())
+            self._keep_terms({f"gradient norm of the {name}": norm})
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
+
+    def _keep_terms(self, terms: dict[str, Tensor]) -> None:
+        """Have the terms checked: here at once, on a GPU where the host waits anyway, before anything is kept."""
+        self._unchecked.append((self.step, {name: term.detach() for name, term in terms.items()}))
+        if self.accelerator.device.type == "cpu":
+            self._check_terms()
+
+    def _check_terms(self) -> None:
+        """Raise NonFiniteLoss for the first step that has a term which is not finite."""
+        values = [term.float() for _, terms in self._unchecked for term in terms.values()]
+        if values and not torch.stack(values).isfinite().all():  # one wait for all
+            for step, terms in self._unchecked:
+                check_finite(terms, step, self.newest())
+        self._unchecked.clear()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

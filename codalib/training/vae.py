@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from codalib.base.hardware import to_device
 from codalib.datasets.images import ImageDataset, evaluation_batches, share_content_digests, training_batches
 from codalib.evaluation.metrics import psnr
 from codalib.models.loss_weights import LossWeights
@@ -81,7 +82,7 @@ class VaeStage(Stage):
 
     def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
         for i, batch in enumerate(micro_batches):
-            images = batch["image"].to(self.device)
+            images = to_device(batch["image"], self.device)
             with self.autocast():
                 reconstruction, mean, logvar = self.parallel(images)
             terms = reconstruction_terms(images, reconstruction) | {"kl": kl_divergence(mean, logvar)}

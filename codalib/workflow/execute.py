@@ -32,9 +32,10 @@ CHECKED = "nbval-check-output"
 DEAD_KERNEL = 138  # papermill's own exit status for a kernel that died
 SECONDS_BETWEEN_PROGRESS_LINES = 10
 # Text progress bars in the kernel: tqdm.auto looks for this widget and takes the text bar where it is not there.
-TEXT_PROGRESS = (
+FIRST_LINE = (
     "import warnings, tqdm.notebook; tqdm.notebook.IProgress = None; "
-    "warnings.filterwarnings('ignore', message='IProgress not found')"
+    "warnings.filterwarnings('ignore', message='IProgress not found'); "
+    "import codalib.base.hardware; codalib.base.hardware.keep_niceness()"
 )
 
 
@@ -101,7 +102,7 @@ def execute(
                 stdout_file=progress,
                 stderr_file=progress,
                 on_cell_start=progress.cell_start,
-                extra_arguments=[f"--IPKernelApp.exec_lines={TEXT_PROGRESS}", "--IPKernelApp.log_level=CRITICAL"],
+                extra_arguments=[f"--IPKernelApp.exec_lines={FIRST_LINE}", "--IPKernelApp.log_level=CRITICAL"],
             )
     except papermill.PapermillExecutionError as error:
         reason = f"{error.ename}: {error.evalue}"

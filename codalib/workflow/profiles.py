@@ -66,7 +66,7 @@ def profile_stages(profile: str, order: Sequence[str]) -> dict[str, list[str]]:
         raise StageError(f"{profile_path(profile)}: expected {STAGES} of {', '.join(order)}, got {', '.join(unknown)}")
     needs = {}
     for name in (name for name in order if name in chosen):
-        texts = list(_texts(profile_section(profile, name)))
+        texts = list(texts_in(profile_section(profile, name)))
         needs[name] = [other for other in order if any(f"{text}/".startswith(f"{profile}/{other}/") for text in texts)]
         if missing := [other for other in needs[name] if other not in chosen]:
             raise StageError(f"{profile_path(profile)}: {name} needs {', '.join(missing)}: add it to {STAGES}")
@@ -120,10 +120,10 @@ def _filled(value: Any, profile: str) -> Any:
     return f"{profile}/{value.removeprefix(OWN)}" if isinstance(value, str) and value.startswith(OWN) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
     """Every text in a value of a profile, however deep."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+            yield from texts_in(part)

@@ -335,3 +335,31 @@ def test_precision_is_of_the_samples_and_recall_of_the_references():
     line = torch.arange(8.0)[:, None]  # each within 1 of its nearest other
     samples = torch.tensor([[0.0], [0.1], [50.0], [50.1]])  # each within 0.1 of its nearest other
     assert metrics.precision_recall(line, samples, neighbours=1) == (2 / 4, 1 / 8)
+
+
+def test_kernel_distance_is_the_unbiased_mean_over_all_pairs():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 5, generator=rng), torch.randn(9, 5, generator=rng) + 0.3
+
+    def k(a, b):
+        return (float(a.double() @ b.double()) / 5 + 1) ** 3
+
+    within = [
+        sum(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) ** 2 - len(z))
+        for z in (x, y)
+    ]
+    expected = sum(within) - 2 * sum(k(a, b) for a in x for b in y) / 63
+    assert metrics.kernel_distance(x, y) == pytest.approx(expected, rel=1e-10)
+    assert metrics.kernel_distance(x, y, chunk=2) == pytest.approx(expected, rel=1e-10)
+    with pytest.raises(ValueError, match="2 or more"):
+        metrics.kernel_distance(x[:1], y)
+
+
+def test_kernel_distance_of_one_distribution_is_around_nothing_for_few_and_for_many():
+    rng = torch.Generator().manual_seed(1)
+    draws = [metrics.kernel_distance(*torch.randn(2, n, 16, generator=rng)) for n in (20, 200) for _ in range(40)]
+    few, many = torch.tensor(draws[:40]), torch.tensor(draws[40:])
+    assert abs(few.mean()) < 3 * few.std() / 40**0.5
+    assert abs(many.mean()) < 3 * many.std() / 40**0.5
+    assert (few < 0).any()
+    assert many.std() < few.std()

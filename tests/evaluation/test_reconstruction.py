@@ -6,14 +6,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from codalib import load_dataset, load_tokenizer
 from codalib.base.paths import DATA
 from codalib.base.processes import launch
 from codalib.evaluation import reconstruction, results
-from codalib.evaluation.metrics import ReconstructionMetrics, psnr
+from codalib.evaluation.metrics import ReconstructionMetrics, build_frechet, psnr
 from codalib.evaluation.reconstruction import (
     EvaluationSettings,
+    evaluate,
     evaluate_levels,
     evaluate_models,
+    image_scores,
     read_reconstruction_results,
 )
 from codalib.evaluation.results import model_digest, result_file
@@ -179,3 +182,16 @@ def test_the_levels_together_are_the_whole(tmp_path):
     assert errors == sorted(errors, reverse=True)
     with pytest.raises(ValueError, match="expected 10 sets of metrics, one a level, got 1"):
         evaluate_levels(model, images, [ReconstructionMetrics(frechet=None)], batch_size=7)
+
+
+def test_image_scores_are_those_of_the_streamed_metrics():
+    tokenizer, images = load_tokenizer("emoji-small"), load_dataset("emoji", "val", 64, limit=5)
+    distance = build_frechet("fd_effnet", 32)
+    streamed = ReconstructionMetrics(1024, 5, frechet=None, perceptual="perceptual_effnet")
+    expected = evaluate(tokenizer, images, streamed, batch_size=3)
+    scores, features = image_scores(tokenizer, images, streamed.perceptual, distance, batch_size=2)
+    for name in ("psnr", "ssim", "perceptual_effnet"):
+        assert scores[name].mean().item() == pytest.approx(expected[name], rel=1e-5)
+    assert features.shape == (5, distance.inception.num_features)
+    mse = scores["l2"].mean().item()
+    assert 10 * np.log10(4 / mse) == pytest.approx(expected["psnr"], abs=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codalib import load_dataset, load_vae
-from codalib.experiments.factorial import METHODS, Factorial, FactorialData
+from codalib.experiments.factorial import METHODS, Factorial, FactorialData, factorial_claims
 from codalib.training.settings import QuantizerSettings
 
 SETTINGS = QuantizerSettings(steps=4, batch_size=4, codebook_size=16, ema=0.0, checkpoint_every=100)
@@ -61,3 +61,49 @@ def test_a_start_from_data_is_ahead_of_a_random_one(data, tmp_path):
     }
     assert errors["nearest, data start"] < errors["nearest, random start"]
     assert errors["attention, data start"] < errors["attention, random start"]
+
+
+def test_a_grid_may_have_some_methods_alone(tmp_path, data):
+    own = factorial(tmp_path, data)
+    only = {"two levels": ["nearest, data start"]}
+    own.trial = lambda method, grid, *_, **__: {"method": method, "grid": grid, "choose": {"relative_error": 1.0}}
+    rows = list(own.run({"one grid": [8], "two levels": [4, 8]}, [0], [0.05, 0.15], [0.02, 0.06], only))
+    assert {row["method"] for row in rows if row["grid"] == "two levels"} == {"nearest, data start"}
+    assert {row["method"] for row in rows if row["grid"] == "one grid"} == set(METHODS)
+    with pytest.raises(ValueError, match="expected only grids of one grid"):
+        next(own.run({"one grid": [8]}, [0], [0.05], [0.02], {"one grid": ["closest"]}))
+
+
+def result(grid, method, seed, error, change=0.5, used=1.0):
+    test = {"relative_error": error, "utilization": used, "token_change": change}
+    return {
+        "grid": grid,
+        "method": method,
+        "setting": "best",
+        "choose": {"relative_error": error},
+        "test": test,
+        "test_errors": [error * (1 + 0.001 * seed)] * 4,
+    }
+
+
+def test_claims_by_hand():
+    grids = {"one grid": [8], "two levels": [4, 8], "pyramid": [1, 4, 8, 8], "five grids": [8] * 5}
+    rows = [
+        row
+        for seed in range(3)
+        for row in (
+            result("one grid", "nearest, data start", seed, 0.22, change=0.5),
+            result("one grid", "attention, random start", seed, 0.25, change=0.6, used=0.99),
+            result("one grid", "attention, data start", seed, 0.2, change=0.4, used=0.90),
+            result("two levels", "nearest, data start", seed, 0.1),
+            result("pyramid", "nearest, data start", seed, 0.11),
+        )
+    ]
+    verdicts = {claim["id"]: claim for claim in factorial_claims(rows, grids, list("abcd"))}
+    assert verdicts["attention_error"]["verdict"] == "holds"  # of the start that is better on the choosing images
+    assert "data start" in verdicts["attention_error"]["effect"]
+    assert verdicts["attention_utilization"]["verdict"] == "does not hold"
+    assert verdicts["sparse_assignment"]["verdict"] == "holds"
+    assert verdicts["residual_error"]["verdict"] == "holds"  # from one grid to the most levels
+    assert verdicts["levels_monotone"]["verdict"] == "does not hold"  # from two levels to the pyramid
+    assert verdicts["levels_monotone"]["effect"].startswith("relative error at 1, 2, 4 levels")

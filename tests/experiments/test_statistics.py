@@ -10,6 +10,7 @@ from codalib.experiments.statistics import (
     claim_verdict,
     corrected,
     decide,
+    group_means,
     holm,
     p_value,
     resampled_means,
@@ -112,3 +113,10 @@ def test_unknown_claims_parts_and_missing_numbers_raise():
         with pytest.raises(ValueError, match="expected finite gains"):
             claim_verdict("ladder", {"psnr": gains}, "")
     assert set(SMALLEST_GAINS) >= {part.partition(":")[0] for c in CLAIMS.values() for part in c.published_gains()}
+
+
+def test_group_means_are_each_groups_own():
+    means = group_means([[1.0, 2.0, 3.0, 6.0], [0.0, 0.0, 4.0, 0.0]], ["b", "a", "b", "b"])
+    assert means.tolist() == [[2.0, 10 / 3], [0.0, 4 / 3]]
+    with pytest.raises(ValueError, match="each of 4 images, got 3"):
+        group_means([1.0, 2.0, 3.0, 4.0], ["a", "b", "b"])

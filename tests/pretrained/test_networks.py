@@ -11,6 +11,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from codalib.pretrained import networks as features
 from codalib.pretrained import registry
+from codalib.pretrained.perceptual import PerceptualVGG
 from codalib.tools import features as features_command
 
 
@@ -41,7 +42,7 @@ def random_state(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("build", [features.DinoViTS16, features.InceptionFID, features.lpips_vgg])
+@pytest.mark.parametrize("build", [features.DinoViTS16, features.InceptionFID, PerceptualVGG])
 def test_missing_weights_say_what_to_do(build, weights_folder):
     with pytest.raises(registry.MissingWeights) as caught:
         build()
@@ -76,7 +77,7 @@ def test_unknown_network_and_damaged_file(weights_folder):
     ("build", "file", "lost"),
     [
         (features.DinoViTS16, "dino_deitsmall16_pretrain.pth", r"15\d tensors differ: .* is missing"),
-        (features.lpips_vgg, "vgg16-397923af.pth", r"26 tensors differ: .* is missing"),
+        (PerceptualVGG, "vgg16-397923af.pth", r"26 tensors differ: .* is missing"),
         (features.InceptionFID, "weights-inception-2015-12-05-6726825d.pth", "Missing key"),
     ],
 )
@@ -209,7 +210,7 @@ def test_lpips_takes_torchvisions_vgg(weights_folder, monkeypatch):
     layers = torchvision.models.vgg16(init_weights=False).features
     state = {f"features.{name}": value for name, value in random_state(layers).items()}
     torch.save({**state, "classifier.6.bias": torch.zeros(1000)}, weights_folder / "vgg16-397923af.pth")
-    network = features.lpips_vgg()
+    network = PerceptualVGG()
     assert torch.equal(dict(network.model.net.named_parameters())["slice5.28.weight"], state["features.28.weight"])
     one, other = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     distance = network(one, other)

@@ -110,17 +110,18 @@ def test_a_machine_without_a_compiler_has_no_compiled_numbers(monkeypatch):
 
 
 def test_quick_measures_in_processes_of_their_own_and_resumes(monkeypatch, tmp_path):
-    arguments = ["--quick", f"--kept={tmp_path / 'kept'}", f"--folder={tmp_path / 'page'}", "--repeats=1"]
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    page, arguments = tmp_path / "bench-quick" / "page", ["--quick", "--repeats=1"]
     bench.main(arguments)
-    table = pd.read_csv(tmp_path / "page" / "results.csv")
+    table = pd.read_csv(page / "results.csv")
     assert len(table) == len(plan(quick=True)) - 1  # the rates have a file of their own
     assert (table["state"] == "measured").all()
     assert (table[["seconds", "floor_seconds"]] > 0).all(axis=None)
     assert (table["peak_bytes"] < 200e6).all()
-    manifest = read_json(tmp_path / "page" / "manifest.json")
+    manifest = read_json(page / "manifest.json")
     assert manifest["state"] == "finished"
     assert manifest["machine"]["cores"] >= 1
-    text = (tmp_path / "page" / "index.html").read_text()
+    text = (page / "index.html").read_text()
     assert "Measured on " in text
     assert not re.search(r'(src|href)="(?!data:|#|\.\./index)', text)
 
@@ -129,7 +130,7 @@ def test_quick_measures_in_processes_of_their_own_and_resumes(monkeypatch, tmp_p
 
     monkeypatch.setattr(bench, "_measure_apart", again)
     bench.main(arguments)
-    assert pd.read_csv(tmp_path / "page" / "results.csv").equals(table)
+    assert pd.read_csv(page / "results.csv").equals(table)
     with pytest.raises(AssertionError, match="measured again"):
         bench.main([*arguments, "--repeats=2"])
 
@@ -173,7 +174,6 @@ def test_what_is_written_is_read_with_its_floors(tmp_path):
 
 def test_the_tables_hold_the_ratios_and_say_what_is_missing(tmp_path):
     frame, _, _ = write_run(tmp_path, plan())
-    assert "**5.00x faster, " in shown.at_a_glance(frame)
     found = {(title, x): rows for title, x, rows in sweeps(frame)}
     over_codes = found["Forward and backward, MAR scales, over codes, 4 images", "codes"]
     table = shown.ratios(over_codes).set_index(["codes", "implementation"])
@@ -182,16 +182,15 @@ def test_the_tables_hold_the_ratios_and_say_what_is_missing(tmp_path):
     over_tokens = found["Forward and backward, MAR scales, over tokens, 65,536 codes", "tokens"]
     slopes = shown.memory_a_token(over_tokens).set_index("implementation")["KiB a token"]
     assert (slopes["tiled"], slopes["one row of 65,536 logits"]) == ("2.0", "256")
-    assert len(shown.all_cases(frame)) == len(frame)
 
 
 def test_a_gpu_has_its_implementation_and_its_single_size(tmp_path):
     cases = [case for case in plan(("cuda",)) if case.scales == "FLUX" or case.task in ("rates", "compiling")]
     frame, _, manifest = write_run(tmp_path, cases, gpu="a GPU")
     assert "GPU: a GPU" in which_run(manifest)
-    assert "*triton*" in shown.at_a_glance(frame)
     ((title, x, rows),) = sweeps(frame)
     assert (title, x, len(rows)) == ("Forward and backward, FLUX scales", "", 5)
+    assert "triton" in set(shown.ratios(rows)["implementation"])
 
 
 def test_the_step_and_the_encoding_run_through_every_implementation():

@@ -1,0 +1,123 @@
+"""Tokenizers of both assignments, each part of the VAE adapted or none."""
+
+import json
+
+import pytest
+import torch
+
+from codalib import load_dataset, load_tokenizer, load_vae
+from codalib.evaluation.metrics import build_frechet
+from codalib.experiments.adapted import CELLS, PROTOCOL, AdaptedData, AdaptedTrials, adapted_claims
+from codalib.experiments.trials import TrialFolder
+from codalib.training.settings import TokenizerSettings
+
+SETTINGS = TokenizerSettings(
+    steps=1,
+    batch_size=2,
+    codebook_size=8,
+    scales=(1, 8),
+    rank=2,
+    ema=0.0,
+    perceptual_weight=0.0,
+    adversarial_weight=0.0,
+    quantization_weight=0.1,
+    checkpoint_every=100,
+)
+FITS = {
+    "nearest": {"start": "data", "entropy_weight": 0.0},
+    "attention": {"start": "random", "entropy_weight": 0.02},
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    train, test = load_dataset("emoji", "train", 64, limit=12), load_dataset("emoji", "val", 64, limit=5)
+    return AdaptedData.split(load_vae("emoji"), train, test, 0.3, None, build_frechet("fd_effnet", 32))
+
+
+def trials(folder, data):
+    return AdaptedTrials(
+        SETTINGS, FITS, data, TrialFolder(folder / "results", {"commit": "abc"}), folder / "work", "emoji"
+    )
+
+
+def test_choosing_images_are_no_training_images_and_are_not_cropped_at_random(data):
+    concepts = {item.group for item in data.train.items}
+    assert concepts.isdisjoint(item.group for item in data.choose.items)
+    assert data.train.random_crop
+    assert not data.choose.random_crop
+
+
+def test_a_trial_trains_its_cell_and_is_read_from_its_file_the_next_time(tmp_path, data, monkeypatch):
+    row = trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 3)
+    assert row["settings"]["adapters"] == "decoder"
+    assert row["settings"]["kind"] == row["fit"]["kind"] == "attention"
+    assert row["settings"]["seed"] == row["fit"]["seed"] == 3
+    assert row["settings"]["entropy_weight"] == pytest.approx(0.1 * 0.02)  # the fit's, relative to the other term
+    assert len(row["test_psnr"]) == len(row["test_errors"]) == 5
+    assert row["test"]["psnr"] == pytest.approx(sum(row["test_psnr"]) / 5, abs=1e-3)
+    assert {"fd_effnet@32", "kd_effnet@32", "relative_error", "posterior_noise", "token_change"} <= set(row["test"])
+    assert row["commit"] == "abc"
+    (saved,) = (tmp_path / "work" / "tokenizers").iterdir()
+    assert load_tokenizer(saved).num_tokens == 65
+    monkeypatch.setattr("codalib.experiments.adapted.train_tokenizer", lambda *_: pytest.fail("trained again"))
+    assert trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 3) == row
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 4)
+
+
+def test_starts_for_both_kinds_are_asked_for(tmp_path, data):
+    with pytest.raises(ValueError, match="attention wrong"):
+        AdaptedTrials(SETTINGS, {"nearest": {}}, data, TrialFolder(tmp_path, {}), tmp_path)
+
+
+def test_the_run_brackets_first_and_then_takes_whole_seeds(tmp_path, data, monkeypatch):
+    own = trials(tmp_path, data)
+
+    def fake(cell, rate, seed, longer=1):
+        return {"cell": cell, "choose": {"image_loss": abs(rate - 0.003)}, "key": (rate, seed, longer)}
+
+    monkeypatch.setattr(own, "trial", fake)
+    rows = list(own.run([0, 1], [0.001, 0.003]))
+    best = [row for row in rows if row["setting"] == "best"]
+    assert [(row["cell"], row["key"]) for row in best] == [(c, (0.003, s, 1)) for s in (0, 1) for c in CELLS]
+    assert {row["key"][0] for row in rows if row["setting"] == "tried"} == {0.001, 0.003, 0.009}
+    assert [row["key"] for row in rows if row["setting"] == "twice the steps"] == [(0.003, 0, 2)] * 2
+
+
+def test_claims_by_hand(data):
+    """Errors and distances that favour attention where the VAE is frozen alone, the decoder, and adaptation."""
+    frechet = next(iter(data.floor()))
+    values = {  # cell -> relative error, PSNR, Frechet distance
+        "nearest, frozen VAE": (0.4, 20.0, 900.0),
+        "nearest, both adapted": (0.2, 25.0, 300.0),
+        "attention, frozen VAE": (0.3, 21.0, 800.0),
+        "attention, encoder adapted": (0.3, 21.0, 700.0),
+        "attention, decoder adapted": (0.3, 24.0, 400.0),
+        "attention, both adapted": (0.3, 25.0, 310.0),
+    }
+    rows = [
+        {
+            "cell": cell,
+            "setting": "best",
+            "test": {"relative_error": e, "psnr": p, frechet: d + seed, "utilization": 0.99},
+            "test_errors": [e + 0.001 * seed] * 5,
+            "test_psnr": [p + 0.01 * seed] * 5,
+        }
+        for cell, (e, p, d) in values.items()
+        for seed in range(3)
+    ]
+    verdicts = {(claim["id"], claim["setting"]): claim for claim in adapted_claims(rows, data)}
+    assert verdicts["attention_error", "frozen VAE, all losses"]["verdict"] == "holds"
+    assert verdicts["attention_error", "both adapted, all losses"]["verdict"] == "does not hold"
+    assert verdicts["decoder_over_encoder", "all losses"]["verdict"] == "holds"
+    closed = verdicts["adaptation_closes_gap", "all losses"]["parts"]["gap closed"]["gain"]
+    ceiling = float(verdicts["adaptation_closes_gap", "all losses"]["effect"].split()[-1])
+    assert closed == pytest.approx((801 - 311) / (801 - ceiling) - 0.5, abs=2e-3)
+
+
+def test_the_digest_changes_with_what_decides(data):
+    other = AdaptedData(data.vae, data.train, data.choose, data.test.subset([0, 1]), None, data.distance)
+    assert other.digest != data.digest
+    assert json.dumps([PROTOCOL, data.digest])
+    assert torch.isfinite(data.latents).all()
