@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from codalib.kernels.cross_entropy import linear_cross_entropy
 from codalib.models.checks import check_condition, check_tokens, check_width
+from codalib.models.hub import OnHub
 from codalib.models.latent_context import CodeValues
 from codalib.models.tokens import token_levels
 from codalib.models.transformer import INITIAL_STD, Block, initialise
@@ -34,7 +35,7 @@ class TextCondition(NamedTuple):
 Condition = Tensor | TextCondition | None  # labels (B,) int64, captions, or nothing
 
 
-class MaskGIT(CodeValues):
+class MaskGIT(OnHub, CodeValues):
     """Predicts masked tokens from visible ones and a condition (section 4.3 of arXiv:2503.17760).
 
     Args:
@@ -187,7 +188,7 @@ class MaskGIT(CodeValues):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MaskGIT":
-        """Load a saved folder, or "emoji-class" or "emoji-text": in float32, frozen, in evaluation mode."""
+        """Load a saved folder, OWNER/NAME of the Hub, or "emoji-class" or "emoji-text": in float32, frozen, in evaluation mode."""
         from codalib.models.checkpoints.ours import load_maskgit  # which imports this module
 
         return load_maskgit(folder)

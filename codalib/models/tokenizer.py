@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from codalib.models.checks import check_images
+from codalib.models.hub import OnHub
 from codalib.models.library_quantizers import LibraryQuantizer
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokens import Tokens
@@ -25,7 +27,7 @@ class TokenizerOutput:
     entropy_loss: Tensor  # ()
 
 
-class CodaTokenizer(nn.Module):
+class CodaTokenizer(OnHub, nn.Module):
     """Images <-> multi-scale indices (Figure 2 of arXiv:2503.17760).
 
     Encoder, quantizer and decoder are one module with one forward, so that under several processes the gradients of
@@ -78,10 +80,8 @@ class CodaTokenizer(nn.Module):
         save_tokenizer(self, folder, base)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, vae: str | Path | None = None, backend: str = "auto"
-    ) -> "CodaTokenizer":
-        """Load a saved folder, "emoji" or "emoji-small", frozen; `vae` is another place of the base VAE."""
+    def from_pretrained(cls, folder: str | Path, vae: str | Path | None = None, backend: str = "auto") -> Self:
+        """Load a saved folder, OWNER/NAME of the Hub, "emoji" or "emoji-small", frozen; `vae` is another place of the base VAE."""
         from codalib.models.checkpoints.ours import load_saved_tokenizer  # which imports this module
 
         return load_saved_tokenizer(folder, vae, backend)

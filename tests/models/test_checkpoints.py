@@ -360,8 +360,8 @@ def test_a_hub_name_is_asked_for_once(tmp_path, monkeypatch):
         asked.append(url)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(ours.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(ours.huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(hub.huggingface_hub, "get_hf_file_metadata", refuse)
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"owner/name-1\.0 could not be fetched from the Hub \(no network\)"):
         load_vae("owner/name-1.0")
@@ -375,10 +375,10 @@ def test_a_hub_name_gives_the_vae_or_its_subfolder(saved, monkeypatch):
         return str(path) if path.exists() else None
 
     def absent(*_, **__):
-        raise ours.EntryNotFoundError("no such file")
+        raise hub.EntryNotFoundError("no such file")
 
-    monkeypatch.setattr(ours.huggingface_hub, "try_to_load_from_cache", kept)
-    monkeypatch.setattr(ours.huggingface_hub, "get_hf_file_metadata", absent)
+    monkeypatch.setattr(hub.huggingface_hub, "try_to_load_from_cache", kept)
+    monkeypatch.setattr(hub.huggingface_hub, "get_hf_file_metadata", absent)
     assert same(load_vae("owner/pipeline"), load_vae(saved))
     assert same(load_vae("owner/pipeline", subfolder="vae"), load_vae(saved))
     with pytest.raises(ValueError, match=r"owner/pipeline on the Hub holds no config\.json"):

@@ -3,16 +3,13 @@
 import copy
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub.errors import EntryNotFoundError
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save, save_file
@@ -28,6 +25,7 @@ from codalib.models.checkpoints.names import (
     PUBLISHED_VAES,
     WEIGHT_SUFFIXES,
 )
+from codalib.models.hub import CONFIG, asking, hub_file, is_hub_name, model_folder
 from codalib.models.maskgit import MaskGIT
 from codalib.models.quantizer_kinds import quantizer_from_config
 from codalib.models.tokenizer import CodaTokenizer
@@ -50,9 +48,7 @@ VAE_FILES = tuple(  # diffusers' names of a VAE's weights, the first that is the
     f"{VAE_STEM}.{ending}"
     for ending in ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin", "fp16.bin")
 )
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-HUB_TIMEOUT = 10  # seconds
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 QUANTIZER_WEIGHTS = "quantizer.safetensors"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapters.safetensors", "adapters.json"
 STORED_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -101,7 +97,7 @@ def load_vae(
         autoencoder = _read_vae(path, None, scale, shift)
     elif path.exists():
         autoencoder = _read_vae_folder(path / (subfolder or ""), scale, shift)
-    elif HUB_NAME.fullmatch(str(source)) and not path.parent.exists() and path.suffix not in WEIGHT_SUFFIXES:
+    elif is_hub_name(source, WEIGHT_SUFFIXES):
         autoencoder = _read_vae_folder(_hub_folder(str(source), subfolder), scale, shift)
     else:
         known = ", ".join(("emoji", *PUBLISHED_VAES))
@@ -145,30 +141,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _hub_folder(name: str, subfolder: str | None) -> Path:
     """The folder of local copies of a VAE on the Hub; what was fetched before is not asked for again."""
-    try:
+    with asking(name):
         for inside in ("", "vae/") if subfolder is None else (f"{subfolder}/",):
-            if config := _hub_file(name, inside + CONFIG):
-                any(_hub_file(name, inside + file) for file in VAE_FILES if not file.endswith(".json"))  # the first
+            if config := hub_file(name, inside + CONFIG):
+                any(hub_file(name, inside + file) for file in VAE_FILES if not file.endswith(".json"))  # the first
                 return config.parent
-    except Exception as error:  # those of huggingface_hub's HTTP client, which is another in each of its versions
-        raise ValueError(
-            f"{name} could not be fetched from the Hub ({reason(error)}): without a network give a local folder; for a "
-            "gated repository set HF_TOKEN, where the cache cannot be written HF_HOME"
-        ) from error
     raise ValueError(f"{name} on the Hub holds no {CONFIG}: expected a VAE of diffusers, or give its subfolder")
-
-
-def _hub_file(repository: str, file: str) -> Path | None:
-    """The local copy of a file on the Hub, None where there is no such file."""
-    kept = huggingface_hub.try_to_load_from_cache(repository, file)
-    if isinstance(kept, str):
-        return Path(kept)
-    url, token = huggingface_hub.hf_hub_url(repository, file), huggingface_hub.get_token() or False
-    try:  # asked for once: without a network, hf_hub_download would try again for 23 s
-        huggingface_hub.get_hf_file_metadata(url, token=token, timeout=HUB_TIMEOUT)
-    except EntryNotFoundError:
-        return None
-    return Path(huggingface_hub.hf_hub_download(repository, file))
 
 
 def plain_copy(vae: ContinuousVAE, merge: bool) -> ContinuousVAE:
@@ -253,7 +231,7 @@ def save_tokenizer(tokenizer: CodaTokenizer, folder: str | Path, base: str | Pat
 def load_saved_tokenizer(folder: str | Path, vae: str | Path | None = None, backend: str = "auto") -> CodaTokenizer:
     """`CodaTokenizer.from_pretrained`."""
     known = EMBEDDED_TOKENIZERS.get(str(folder))
-    folder = embedded(known) if known else Path(os.path.expanduser(folder))
+    folder = embedded(known) if known else model_folder(folder, lambda config: config["parts"])
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}: expected a folder written by CodaTokenizer.save_pretrained")
     config = read_json(folder / CONFIG)
@@ -312,7 +290,7 @@ def save_maskgit(model: MaskGIT, folder: str | Path, dtype: str = "float32") -> 
 def load_maskgit(folder: str | Path) -> MaskGIT:
     """`MaskGIT.from_pretrained`: a saved folder or one of `EMBEDDED_GENERATORS` by its name; float32, frozen."""
     known = EMBEDDED_GENERATORS.get(str(folder))
-    path = embedded(known) if known else Path(os.path.expanduser(folder))
+    path = embedded(known) if known else model_folder(folder, lambda config: [WEIGHTS])
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
         raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
     config, state = read_json(path / CONFIG), read_weights(path / WEIGHTS)
