@@ -188,7 +188,7 @@ class MaskGIT(OnHub, CodeValues):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MaskGIT":
-        """Load a saved folder, OWNER/NAME of the Hub, or "emoji-class" or "emoji-text": in float32, frozen, in evaluation mode."""
+        """Load a saved folder, OWNER/NAME of the Hub, "emoji-class" or "emoji-text": float32, frozen, to evaluate."""
         from codalib.models.checkpoints.ours import load_maskgit  # which imports this module
 
         return load_maskgit(folder)

@@ -81,7 +81,7 @@ class CodaTokenizer(OnHub, nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, vae: str | Path | None = None, backend: str = "auto") -> Self:
-        """Load a saved folder, OWNER/NAME of the Hub, "emoji" or "emoji-small", frozen; `vae` is another place of the base VAE."""
+        """Load a saved folder, OWNER/NAME of the Hub, "emoji" or "emoji-small", frozen; `vae`: where its VAE is."""
         from codalib.models.checkpoints.ours import load_saved_tokenizer  # which imports this module
 
         return load_saved_tokenizer(folder, vae, backend)

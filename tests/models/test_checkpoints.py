@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import codalib
 from codalib.base.files import read_json, write_json
+from codalib.models import hub
 from codalib.models.adapters import add_adapters
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.checkpoints import EMBEDDED_TOKENIZERS, load_tokenizer, load_vae, ours, weights_digest
