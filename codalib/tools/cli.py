@@ -11,6 +11,7 @@ COMMANDS = {  # name -> (module and function in codalib.tools, what it does)
     "run": ("run.main", "run a notebook, or every stage of a profile, and write the report"),
     "fetch": ("fetch.main", "download pretrained weights, or say where each file belongs"),
     "features": ("features.main", "list the pretrained networks, and whether their weights are here"),
+    "info": ("info.main", "versions, devices, networks and free disk, for a report of trouble"),
     "rehearse": (
         "rehearsal.main",
         "two steps of a profile's training with random weights: memory, work, hours on a GPU",
