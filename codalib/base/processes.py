@@ -1,5 +1,6 @@
 """Run one function on several processes of this machine, one a GPU, from a notebook or a script."""
 
+import copy
 import logging
 import os
 import socket
@@ -30,6 +31,8 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
     if processes == 1:
         function(*arguments)
         return
+    # A module that a GPU holds would be opened by every process on that same GPU.
+    arguments = tuple(copy.deepcopy(own).cpu() if isinstance(own, nn.Module) else own for own in arguments)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -40,6 +43,11 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
     except torch.multiprocessing.ProcessRaisedException as error:
         reason = str(error).strip().splitlines()[-1]  # of the traceback that torch hands over as text
         raise RuntimeError(f"process {error.error_index + 1} of {processes} stopped: {reason}") from error
+    except torch.multiprocessing.ProcessExitedException as error:
+        reason = f"{error.signal_name or f'exit status {error.exit_code}'}, most often for want of memory"
+        raise RuntimeError(
+            f"process {error.error_index + 1} of {processes} was ended from outside: {reason}"
+        ) from error
 
 
 def _work(rank: int, function: Callable[..., None], arguments: tuple, processes: int, port: int) -> None:
@@ -53,13 +61,11 @@ def _work(rank: int, function: Callable[..., None], arguments: tuple, processes:
     }
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # of the OMP_NUM_THREADS that it inherits
-    try:
-        function(*arguments)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # of the OMP_NUM_THREADS that it inherits
+    function(*arguments)
+    # Not after an error: the others may wait in a collective, and taking the group apart would wait for them.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def check_environment() -> None:

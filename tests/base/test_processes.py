@@ -1,4 +1,6 @@
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -17,6 +19,42 @@ def write_number(folder):
 
 def fail():
     raise RuntimeError("the work itself failed")
+
+
+def fail_while_the_other_waits():
+    state = PartialState(cpu=True)
+    torch.distributed.destroy_process_group = lambda: time.sleep(600)  # as NCCL's may, while others wait
+    if state.process_index == 1:
+        raise RuntimeError("the work itself failed")
+    torch.distributed.barrier()
+
+
+def be_killed():
+    if PartialState(cpu=True).process_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+
+
+def write_device_and_change(folder, module):
+    (folder / f"{PartialState(cpu=True).process_index}").write_text(str(next(module.parameters()).device))
+    torch.nn.init.zeros_(module.weight)
+
+
+def test_an_error_in_one_process_ends_those_that_wait_for_it():
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="process 2 of 2 stopped: RuntimeError: the work itself failed"):
+        launch(fail_while_the_other_waits, 2)
+    with pytest.raises(RuntimeError, match="process 2 of 2 was ended from outside: SIGKILL, most often for want of"):
+        launch(be_killed, 2)
+    assert time.monotonic() - start < 180
+
+
+def test_modules_are_handed_over_as_copies_on_the_processor(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    before = module.weight.detach().clone()
+    launch(write_device_and_change, 2, tmp_path, module)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["cpu", "cpu"]
+    assert torch.equal(module.weight, before)
 
 
 def test_processes_find_each_other(tmp_path):
