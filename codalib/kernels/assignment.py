@@ -11,14 +11,16 @@ The plain formula is `models.quantizer.softmax_assignment`; backends, with its v
     compiled    tiles whose element-wise parts torch.compile fuses; about 10 s of compiling at first use, and with no
                 compiler at hand one warning and `tiled` instead
     triton      CUDA kernels (`kernels.triton_assignment`), forward and backward
-    auto        on CUDA `triton` where Triton is installed; on other devices `compiled` where a training step has
-                2^25 logits or more, so that the compiling pays after some ten steps; otherwise `tiled`
+    auto        on CUDA `triton` where it is installed and runs, else one warning and `tiled`; on other devices
+                `compiled` where a training step has 2^25 logits or more, so that the compiling pays after some ten
+                steps; otherwise `tiled`
 
 Ties: the lowest index of the largest logits is chosen, as `torch.argmax` does.
 """
 
 import importlib.util
 import os
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -68,7 +70,7 @@ def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int)
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "auto":
         if device.type == "cuda":
-            return "triton" if has_triton else "tiled"
+            return "triton" if has_triton and _triton_runs(device) else "tiled"
         # Not in evaluation: argmax is never compiled, and a forward pass alone gains little.
         return "compiled" if torch.is_grad_enabled() and tokens * codes >= AUTO_COMPILE_LOGITS else "tiled"
     if backend == "triton":
@@ -77,6 +79,22 @@ def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int)
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f'backend "triton" got for tensors on {device}; move them to CUDA or choose "tiled"')
     return backend
+
+
+@cache
+def _triton_runs(device: torch.device) -> bool:
+    """Whether the kernels work, tried once; without a C compiler or Python's headers, one warning."""
+    from codalib.kernels import triton_assignment
+
+    try:
+        rows = torch.ones(16, 16, device=device)
+        triton_assignment.triton_argmax(rows, rows, 1.0)
+    # What Triton raises, and the compiler that it calls.
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(f'Triton does not work here, "tiled" is used instead: {reason}', stacklevel=4)
+        return False
+    return True
 
 
 def softmax_assign(
