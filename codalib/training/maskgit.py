@@ -84,10 +84,11 @@ class MaskGITStage(Stage):
             dropped = torch.rand(len(mask)) < own.condition_dropout
             rows = mask.flatten().nonzero()[:, 0]  # here, where nobody waits for it
             tokens, mask, dropped, rows = (to_device(x, self.device) for x in (batch["tokens"], mask, dropped, rows))
-            with self.autocast():
-                loss = self.parallel(tokens, mask, self.condition(batch), dropped, own.label_smoothing, rows)
             last = i == len(micro_batches) - 1
-            self.trainer.update(loss, {"loss": loss}, "generator", list(self.model.parameters()), last)
+            with self.gradients_apart(not last, self.parallel):
+                with self.autocast():
+                    loss = self.parallel(tokens, mask, self.condition(batch), dropped, own.label_smoothing, rows)
+                self.trainer.update(loss, {"loss": loss}, "generator", list(self.model.parameters()), last)
         return {"loss": loss.detach()}
 
     def evaluate(self) -> dict[str, float]:

@@ -109,9 +109,10 @@ class TokenizerStage(Stage):
     def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
         for i, batch in enumerate(micro_batches):
             images, last = to_device(batch["image"], self.device), i == len(micro_batches) - 1
-            terms, reconstruction, maps = self.generator_step(images, step, last)
-            if self.discriminator is not None:
-                terms |= self.discriminator_step(images, reconstruction, maps, last)
+            with self.gradients_apart(not last, self.parallel, self.parallel_discriminator):
+                terms, reconstruction, maps = self.generator_step(images, step, last)
+                if self.discriminator is not None:
+                    terms |= self.discriminator_step(images, reconstruction, maps, last)
         return {name: torch.as_tensor(value) for name, value in terms.items()}
 
     def generator_step(

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -102,6 +102,18 @@ class Stage:
     def evaluate(self) -> dict[str, float]:
         """Named metrics, logged every `evaluate_every` steps and at the end."""
         return {}
+
+    @contextmanager
+    def gradients_apart(self, apart: bool, *modules: nn.Module | None) -> Iterator[None]:
+        """A context in which each process keeps its gradients of MODULES to itself, where APART.
+
+        So all but the last micro-batch of a step add up before the processes average: once a step, not once each.
+        """
+        with ExitStack() as stack:
+            for module in modules:
+                if apart and module is not None:
+                    stack.enter_context(self.accelerator.no_sync(module))
+            yield
 
     def autocast(self) -> torch.autocast:
         """The context of the stage's forward passes; `precision` as in `LoopSettings`."""

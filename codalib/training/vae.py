@@ -83,12 +83,13 @@ class VaeStage(Stage):
     def train_step(self, micro_batches: list[dict], step: int) -> dict[str, Tensor]:
         for i, batch in enumerate(micro_batches):
             images = to_device(batch["image"], self.device)
-            with self.autocast():
-                reconstruction, mean, logvar = self.parallel(images)
-            terms = reconstruction_terms(images, reconstruction) | {"kl": kl_divergence(mean, logvar)}
-            loss = weighted_sum(terms, self.weights)
             last = i == len(micro_batches) - 1
-            self.trainer.update(loss, terms, "VAE", list(self.model.parameters()), last)
+            with self.gradients_apart(not last, self.parallel):
+                with self.autocast():
+                    reconstruction, mean, logvar = self.parallel(images)
+                terms = reconstruction_terms(images, reconstruction) | {"kl": kl_divergence(mean, logvar)}
+                loss = weighted_sum(terms, self.weights)
+                self.trainer.update(loss, terms, "VAE", list(self.model.parameters()), last)
         return terms | {"loss": loss}
 
     @torch.no_grad()

@@ -1,6 +1,9 @@
 """Two processes with half the batch each give the gradients of one process with the whole batch."""
 
+import contextlib
+import json
 import socket
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch.distributed
 import torch.multiprocessing
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from codalib.base.processes import launch
@@ -19,7 +23,7 @@ from codalib.models.checkpoints import load_vae
 from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.settings import TokenizerSettings
-from codalib.training.tokenizer import train_and_save, train_tokenizer
+from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer
 from codalib.training.trainer import read_log
 
 
@@ -89,3 +93,41 @@ def test_two_processes_train_and_evaluate_one_tokenizer(tmp_path):
     values = evaluate(tokenizer, val, ReconstructionMetrics(32, len(SCALES), frechet=None))
     for name in ("psnr", "quantization_error", "utilization"):
         assert rows[-1][f"val_{name}"] == pytest.approx(values[name], rel=1e-4)
+
+
+def count_averages(folder):
+    """How often each module's gradients are averaged in a step of four micro-batches, and what they then are."""
+    settings = TokenizerSettings(steps=1, batch_size=1, accumulation=4, codebook_size=32, scales=SCALES, rank=2)
+    data = load_dataset("emoji", "train", 64, limit=8), load_dataset("emoji", "val", 64, limit=2)
+    found, calls = [], []
+    for name in ("apart", "each time"):
+        stage = TokenizerStage(settings, load_vae("emoji"), *data, folder / name, None)
+        seen, gradients = {"tokenizer": 0, "discriminator": 0}, []
+
+        def average(who, bucket, seen=seen):
+            seen[who] += bucket.is_last()
+            return allreduce_hook(None, bucket)
+
+        def keep(parameters, _, gradients=gradients):
+            gradients += [p.grad.clone() for p in parameters]
+            return torch.zeros(())
+
+        stage.parallel.register_comm_hook("tokenizer", average)
+        stage.parallel_discriminator.register_comm_hook("discriminator", average)
+        if name == "each time":
+            stage.gradients_apart = lambda *_: contextlib.nullcontext()
+        with mock.patch("torch.nn.utils.clip_grad_norm_", keep):
+            stage.trainer.run(stage, name)
+        calls.append(seen)
+        found.append(gradients)
+    (folder / f"{PartialState().process_index}.json").write_text(json.dumps(calls))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+def test_gradients_are_averaged_once_a_step(tmp_path):
+    launch(count_averages, 2, tmp_path)
+    for rank in (0, 1):
+        apart, each_time = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert apart == {"tokenizer": 1, "discriminator": 1}
+        assert each_time["tokenizer"] >= 4
