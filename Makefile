@@ -11,12 +11,15 @@
 #   make rehearse PROFILE=NAME       two steps of a profile's training with random weights: memory, work, hours on a GPU
 #   make notebooks                   run each as it is and keep the outputs of its checked cells, to be committed
 #   make clean                       remove the environment and everything under runs/ (trained weights too)
+#   make setup [LATEST=1]            the environment alone: the versions of requirements.lock, or the newest
+#   make lock                        write requirements.lock anew, with the newest versions
 # PYTHON=python3.12 takes another interpreter (3.11 to 3.13). On a machine without a GPU,
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu spares the download of the CUDA libraries.
 
 PYTHON ?= python3
 PROFILE ?= emoji
 TORCH_INDEX ?=
+LATEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
@@ -25,14 +28,22 @@ ONLY ?=
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup reproduce test test-gpu mutants lab bench faults fetch rehearse notebooks clean
+.PHONY: setup lock reproduce test test-gpu mutants lab bench faults fetch rehearse notebooks clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LATEST),,--constraint requirements.lock) \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test]"
 	touch $@
+
+# Its first lines, the comment, stay.
+lock: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	sed -n '/^#/p' requirements.lock > $(VENV)/lock
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --no-header --quiet --upgrade >> $(VENV)/lock
+	mv $(VENV)/lock requirements.lock
 
 reproduce: $(STAMP)
 	$(BIN)/codalib run --profile $(PROFILE) --exclusive

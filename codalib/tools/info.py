@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from codalib.base.hardware import fixed_threads, machine
 from codalib.base.paths import project_folder, reports_folder, runs_folder
 from codalib.pretrained.registry import network_status, weights_folder
-from codalib.workflow.manifest import library_versions, source_version
+from codalib.workflow.manifest import library_versions, lock_digest, source_version
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     networks = [row["name"] for row in network_status() if row["here"]]
     source = ", ".join(f"{name} {value}" for name, value in source_version().items())
     rows = {"source": source, "python": sys.version.split()[0], **library_versions()}
+    rows |= {"lock": lock_digest() or "other versions than requirements.lock's"}
     rows |= {"processor": f"{found['processor']}, {found['cores']} cores, {found['memory_bytes'] / 2**30:.0f} GiB"}
     rows |= {"GPUs": ", ".join(gpus) or "none", "bfloat16": "yes" if found["bfloat16"] else "no"}
     rows |= {"threads": fixed_threads() or "as cores are free", "networks here": ", ".join(networks) or "none"}

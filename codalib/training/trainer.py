@@ -26,6 +26,7 @@ from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from codalib.base.files import atomic_write, read_json, write_json, writing
@@ -111,8 +112,8 @@ class Stage:
         """
         with ExitStack() as stack:
             for module in modules:
-                if apart and module is not None:
-                    stack.enter_context(self.accelerator.no_sync(module))
+                if apart and isinstance(module, DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
             yield
 
     def autocast(self) -> torch.autocast:

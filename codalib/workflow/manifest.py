@@ -1,7 +1,9 @@
 """One run of a notebook: its folder, and the manifest that says how its numbers came about."""
 
+import hashlib
 import importlib.metadata
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -51,6 +53,7 @@ class Run:
             "settings": {type(one).__name__: asdict(one) for one in settings},
             **source_version(),
             "versions": library_versions(),
+            "lock": lock_digest(),
             "machine": machine(),
         }
         write_json(self.folder / MANIFEST, self.manifest)
@@ -99,6 +102,21 @@ def source_version() -> dict[str, Any]:
         }
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
+
+
+def lock_digest() -> str | None:
+    """16 hex digits of requirements.lock where the libraries that shape the numbers have its versions; else None."""
+    lock = project_folder() / "requirements.lock"
+    if not lock.exists():
+        return None
+    text = lock.read_text(encoding="utf-8")
+    pinned: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE):
+        pinned.setdefault(name, set()).add(version)
+    for name, version in library_versions().items():
+        if name in pinned and version.partition("+")[0] not in pinned[name]:
+            return None
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def library_versions() -> dict[str, str]:

@@ -79,3 +79,17 @@ def test_a_processor_says_whether_it_multiplies_bfloat16(monkeypatch):
         monkeypatch.setattr(hardware, "_cpuinfo", lambda flags=flags: f"model name : Some\n{flags}\n")
         assert hardware.machine()["bfloat16"] is expected
         assert hardware.machine()["processor"] == "Some"
+
+
+def test_the_lock_is_named_only_where_its_versions_are_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "project_folder", lambda: tmp_path)
+    assert runs.lock_digest() is None
+    versions = {name: version for name, version in runs.library_versions().items() if name != "python"}
+    lines = [f"{name}=={version.partition('+')[0]} ; python_version < '3.99'" for name, version in versions.items()]
+    (tmp_path / "requirements.lock").write_text("\n".join(["# a comment", "numpy==0.1", *lines]))
+    found = runs.lock_digest()
+    assert len(found) == 16
+    (tmp_path / "requirements.lock").write_text("\n".join([*lines, "extra==1"]))
+    assert runs.lock_digest() not in (found, None)
+    (tmp_path / "requirements.lock").write_text("torch==0.0.1\n")
+    assert runs.lock_digest() is None
