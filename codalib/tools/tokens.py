@@ -1,12 +1,16 @@
 """Images to tokens and back: `codalib encode DATASET --tokenizer NAME --out FOLDER`, `codalib decode FOLDER ...`."""
 
 import argparse
+import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
@@ -21,6 +25,8 @@ from codalib.reporting.display import png, to_bytes
 
 log = logging.getLogger(__name__)
 
+PARQUET, ROWS = "tokens.parquet", 1024  # file of `codalib encode --parquet`; rows of one of its groups
+
 
 def encode(arguments: Sequence[str] | None = None) -> int:
     """Encode a data set's images into a folder of shards; goes on where an interrupted call stopped."""
@@ -32,16 +38,41 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=positive, default=1, help="on this machine, one a GPU (1)")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise (0)")
+    parser.add_argument("--parquet", action="store_true", help="write tokens.parquet beside the shards too")
     given = parser.parse_args(arguments)
     try:
         settings = CacheSettings(views=given.views, seed=given.seed, batch_size=given.batch_size, workers=given.workers)
         work = partial(cache_dataset, limit=given.limit, settings=settings)
+        started = time.monotonic()
         launch(work, given.processes, find_model(given.tokenizer), given.dataset, given.split, given.out)
-        cache = TokenCache.open(given.out)
+        cache, seconds = TokenCache.open(given.out), time.monotonic() - started
+        if given.parquet:
+            _write_parquet(cache, given.out / PARQUET)
     except (DataError, ValueError, OSError) as error:
         return _failed(error)
-    log.info("%s: %d images of %d tokens, %d codes", given.out, len(cache), cache.indices.shape[1], cache.codebook_size)
+    words = "%s: %d images of %d tokens, %d codes; %.1f images a second, with loading the model"
+    log.info(words, given.out, len(cache), cache.indices.shape[1], cache.codebook_size, len(cache) / seconds)
     return 0
+
+
+def _write_parquet(cache: TokenCache, path: Path) -> None:
+    """One row an image and view: its number, label, first caption and tokens (L,), coarse to fine.
+
+    The file's metadata hold what the columns mean: {"codebook_size", "scales", "classes", "tokenizer"} as JSON.
+    """
+    about = {"codebook_size": cache.codebook_size, "scales": cache.scales, "classes": cache.classes}
+    about["tokenizer"] = cache.tokenizer
+    number = pa.from_numpy_dtype(cache.indices.dtype)
+    columns = {"image": pa.int64(), "view": pa.int64(), "label": pa.int64(), "caption": pa.string()}
+    schema = pa.schema(columns | {"tokens": pa.list_(number)}, {"codalib": json.dumps(about)})
+    with atomic_write(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for start in range(0, len(cache), ROWS):
+            rows = range(len(cache))[start : start + ROWS]
+            batch = cache.batch(rows)
+            own = {"image": batch["index"].tolist(), "view": cache.view[rows].tolist()}
+            own |= {"label": batch["label"].tolist(), "caption": batch["caption"]}
+            own["tokens"] = list(cache.indices[rows])
+            writer.write_table(pa.table(own, schema))
 
 
 def decode(arguments: Sequence[str] | None = None) -> int:

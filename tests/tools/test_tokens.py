@@ -1,11 +1,18 @@
 """`codalib encode` and `codalib decode`: resumed, checked against the tokenizer, the same pictures as its own."""
 
+import json
+import re
+import subprocess
+import sys
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from codalib.datasets.token_cache import TokenCache
+from codalib.base.paths import project_folder
+from codalib.datasets.token_cache import TokenCache, tokenizer_hash
 from codalib.models.checkpoints import load_tokenizer
 from codalib.models.tokens import split_levels
 from codalib.reporting.display import to_bytes
@@ -77,3 +84,32 @@ def test_a_count_below_one_is_refused(tmp_path, option, capsys):
     with pytest.raises(SystemExit):
         encode(tmp_path, option, "0")
     assert "expected a whole number above 0, got '0'" in capsys.readouterr().err
+
+
+def test_the_table_holds_what_the_shards_hold_and_says_what_it_means(encoded):
+    assert encode(encoded, "--parquet") == 0
+    table, cache = pq.read_table(encoded / tokens.PARQUET), TokenCache.open(encoded)
+    about = json.loads(table.schema.metadata[b"codalib"])
+    assert about == {
+        "codebook_size": 1024,
+        "scales": [1, 2, 4, 8, 8],
+        "classes": cache.classes,
+        "tokenizer": tokenizer_hash(load_tokenizer("emoji-small")),
+    }
+    assert np.array_equal(table["tokens"].to_pylist(), cache.indices)
+    assert table["label"].to_pylist() == cache.labels.tolist()
+    assert table["caption"].to_pylist() == cache.batch(range(LIMIT))["caption"]
+    assert table["image"].to_pylist() == cache.image.tolist()
+
+
+def test_the_documents_example_goes_from_tokens_to_pictures(encoded, tmp_path):
+    assert encode(encoded, "--parquet") == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (project_folder() / "docs" / "tokens.md").read_text(), re.DOTALL)
+    (tmp_path / "tokens").symlink_to(encoded)
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code, "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(r"step 2: \d\.\d+ nats a token\n4 pictures of \(3, 64, 64\)\n$", run.stdout), run.stderr
