@@ -90,6 +90,8 @@ def hub_file(repository: str, file: str, **revision: str) -> Path | None:
 def model_folder(source: str | Path, parts: Callable[[Any], Iterable[str]]) -> Path:
     """The folder of a saved model: a local one as it is, or the copies of one on the Hub, all of one commit.
 
+    What was fetched before is not asked for again, so that a newer upload of that name goes unseen here.
+
     PARTS gives, of its config.json, the names of its other files. Raises ValueError where the Hub has no such model.
     """
     path = Path(os.path.expanduser(source))
@@ -143,7 +145,10 @@ def read_manifest(run: Path) -> dict[str, Any]:
     place = next((place for place in (run, run.parent) if (place / MANIFEST).is_file()), None)
     if place is None:
         raise ValueError(f"{run} holds no {MANIFEST}: expected the folder of the run that trained the model")
-    return read_json(place / MANIFEST)
+    manifest = read_json(place / MANIFEST)
+    if manifest.get("state") != "finished":
+        raise ValueError(f"{place} is the folder of a run that has not finished: expected a finished one")
+    return manifest
 
 
 def model_card(model: OnHub, repository: str, licence: str, manifest: Mapping[str, Any]) -> str:
@@ -157,8 +162,9 @@ def model_card(model: OnHub, repository: str, licence: str, manifest: Mapping[st
     training |= {name: manifest[name] for name in ("notebook", "commit") if manifest.get(name)}
     training |= {name: value for name, value in manifest.get("versions", {}).items() if name in ("python", "torch")}
     images = f"{own.get('val_limit') or 'all'} validation images"
-    said = {"notebook": manifest.get("notebook"), "images": images, "resolution": own.get("resolution", "?")}
-    protocol = PROTOCOL.format(dataset=own.get("dataset"), seed=own.get("seed"), **said)
+    said = {"notebook": manifest.get("notebook"), "images": images}
+    said |= {name: own.get(name, "?") for name in ("dataset", "resolution", "seed")}
+    protocol = "" if hasattr(model, "config") else PROTOCOL.format(**said)  # a generator's are of its tokens
     header = huggingface_hub.ModelCardData(license=licence, library_name="codalib", tags=["coda", "arxiv:2503.17760"])
     return CARD.format(
         header=header.to_yaml(),

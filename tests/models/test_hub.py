@@ -12,6 +12,7 @@ from codalib.base.paths import DATA
 from codalib.models import hub
 
 MANIFEST = {
+    "state": "finished",
     "notebook": "01_train_tokenizer",
     "commit": "0123abc",
     "parameters": {"dataset": "emoji", "vae": "emoji", "steps": 150, "resolution": 64, "val_limit": 128, "seed": 0},
@@ -83,5 +84,8 @@ def test_what_is_not_there_is_one_sentence(remote, tmp_path):
     with pytest.raises(ValueError, match="expected a repository OWNER/NAME, got 'coda'"):
         ours.push_to_hub("coda", "mit")
     with pytest.raises(ValueError, match=r"holds no manifest.json: expected the folder of the run"):
+        ours.push_to_hub("someone/coda", "mit", tmp_path)
+    write_json(tmp_path / "manifest.json", MANIFEST | {"state": "running"})
+    with pytest.raises(ValueError, match="a run that has not finished"):
         ours.push_to_hub("someone/coda", "mit", tmp_path)
     assert not remote[0].exists()
