@@ -14,12 +14,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 
 
 def pytest_configure(config):
+    config.temporary_runs = None
     if ON_GPU:
         import torch  # here alone: it is slow to load
 
         if not torch.cuda.is_available():
             raise pytest.UsageError("expected a GPU that torch sees with CODALIB_TEST_GPU=1, got none: unset it")
-    config.temporary_runs = None
     if "CODALIB_RUNS" not in os.environ:
         config.temporary_runs = tempfile.mkdtemp(prefix="codalib-")
         os.environ["CODALIB_RUNS"] = f"{config.temporary_runs}/runs"

@@ -1,4 +1,4 @@
-"""On a GPU, with `make test-gpu`: golden values, every stage's step and sampling, of which the host waits for nothing.
+"""On a GPU, with `make test-gpu`: golden values, a training and sampling, beside the tests marked `gpu` elsewhere.
 
 The first test shows that all others see none.
 """
@@ -48,8 +48,7 @@ def test_tests_see_no_gpu_or_the_one_that_they_are_asked_to_take(variables, seen
 def test_golden_values(backend):
     golden = {name: value.cuda() for name, value in load_file(ROOT / "tests/golden/quantizer_mar.safetensors").items()}
     state = {name.removeprefix("param."): value for name, value in golden.items() if name.startswith("param.")}
-    quantizer = load_quantizer(state, scales=MAR_SCALES).cuda()
-    quantizer.backend = backend
+    quantizer = load_quantizer(state, scales=MAR_SCALES, norm="rms", backend=backend).cuda()
     out = quantizer(golden["input"])
     assert all((level == golden[f"indices.{i}"]).float().mean() > 0.999 for i, level in enumerate(out.indices))
     torch.testing.assert_close(out.quantization_loss, golden["vq_loss"], rtol=1e-4, atol=1e-4)
