@@ -124,7 +124,8 @@ class Reference:
                 "class_accuracy_balanced": "the same, the mean over the classes",
                 "nearest_train": f"median distance to the nearest of {len(self.train):,} training images in "
                 "EfficientNet's features, over that of validation images: well below 1 for copies",
-                "copies": f"fraction of samples nearer to a training image than {COPY_QUANTILE:.0%} of the val images",
+                "copies": f"fraction of samples nearer to a training image than {COPY_QUANTILE:.0%} of validation "
+                "images",
             }
         return texts | self._left_out(samples)
 

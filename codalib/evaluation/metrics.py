@@ -401,9 +401,8 @@ def kernel_distance(reference: Tensor, samples: Tensor, chunk: int = 4096) -> fl
 
     def within(features: Tensor) -> float:
         total = sum(kernel(part, features).sum().item() for part in features.split(chunk))
-        own = (
-            ((features.double().square().sum(1) / features.shape[1] + 1) ** 3).sum().item()
-        )  # pairs of one with itself
+        norms = features.double().square().sum(1)
+        own = ((norms / features.shape[1] + 1) ** 3).sum().item()  # pairs of one with itself
         return (total - own) / (len(features) * (len(features) - 1))
 
     across = sum(kernel(part, samples).sum().item() for part in reference.split(chunk))

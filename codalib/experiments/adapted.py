@@ -100,6 +100,7 @@ class AdaptedData:
             kernel: kernel_distance(self.real, features),
         }
 
+    @cached_property
     def floor(self) -> dict[str, float]:
         """The same distances of as many other real images: the choosing ones, of other concepts."""
         return self.distances(self.features(self.choose.subset(list(range(min(len(self.choose), len(self.test)))))))
@@ -206,7 +207,8 @@ class AdaptedTrials:
         images, features = image_scores(tokenizer, self.data.test, self.data.perceptual, self.data.distance)
         scores, errors = quantizer_scores(tokenizer.quantizer, *encode_posterior(tokenizer.vae, self.data.test))
         means = {name: values.mean().item() for name, values in images.items()}
-        each = {f"test_{name}": [float(f"{v:.5g}") for v in values.tolist()] for name, values in images.items()}
+        kept = {name: values.tolist() for name, values in images.items() if name not in ("l1", "l2")}
+        each = {f"test_{name}": [float(f"{value:.5g}") for value in values] for name, values in kept.items()}
         each["test_errors"] = [float(f"{error:.4g}") for error in errors.tolist()]
         return {"test": scores | means | self.data.distances(features)} | each
 
@@ -216,7 +218,7 @@ def adapted_claims(rows: Sequence[Mapping[str, Any]], data: AdaptedData) -> list
 
     Gains of an image's own scores are means over its concept, (seeds, concepts); distances have one gain a seed.
     """
-    frechet = next(iter(data.floor()))
+    frechet = next(iter(data.floor))
     best = {cell: [row for row in rows if row["cell"] == cell and row["setting"] == "best"] for cell in CELLS}
     found = Compared(best, [item.group or item.name for item in data.test.items])
     ceiling = data.distances(image_scores(data.vae, data.test, None, data.distance)[1])[frechet]

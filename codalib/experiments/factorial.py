@@ -218,8 +218,8 @@ def factorial_claims(
     """The verdicts on the claims that the rows of `Factorial.run` bear on, the error image by image.
 
     Attention is compared with nearest codes that start from data, each at its best; of attention's two starts the one
-    whose choosing images have the lower error stands. `concepts` are those of the test images. Levels are those of the
-    grids on which nearest codes alone are fitted, and of the two grids with the fewest and the most levels among them.
+    whose choosing images have the lower error stands. `concepts` are those of the test images. Levels are compared
+    on the grids that are one full grid or grow to it, with nearest codes; of two with as many levels the last stands.
     """
     best: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -87,7 +87,7 @@ def test_the_run_brackets_first_and_then_takes_whole_seeds(tmp_path, data, monke
 
 def test_claims_by_hand(data):
     """Errors and distances that favour attention where the VAE is frozen alone, the decoder, and adaptation."""
-    frechet = next(iter(data.floor()))
+    frechet = next(iter(data.floor))
     values = {  # cell -> relative error, PSNR, Frechet distance
         "nearest, frozen VAE": (0.4, 20.0, 900.0),
         "nearest, both adapted": (0.2, 25.0, 300.0),
