@@ -83,6 +83,7 @@ class Place:
         )
         for name in (*SIZES, *NEEDED, "LOCAL_WORLD_SIZE", AGENT):
             env.pop(name, None)
+        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection one sentence is ours, pages are torch's
         return place
 
     @classmethod

@@ -17,6 +17,11 @@ def write_number(folder):
     (folder / f"{state.process_index}").write_text(f"{state.num_processes} {total.item():g}")
 
 
+def write_patience(folder):
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    (folder / "patience").write_text(str(group.options._timeout.total_seconds()))
+
+
 def fail():
     raise RuntimeError("the work itself failed")
 
@@ -61,6 +66,11 @@ def test_processes_find_each_other(tmp_path):
     launch(write_number, 2, tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2 3", "1": "2 3"}
     assert "RANK" not in os.environ
+
+
+def test_one_may_work_alone_for_hours_while_the_others_wait(tmp_path):
+    launch(write_patience, 2, tmp_path)
+    assert float((tmp_path / "patience").read_text()) >= 12 * 3600
 
 
 def test_one_process_is_this_one():

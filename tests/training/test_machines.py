@@ -1,5 +1,6 @@
 """Two "machines" on loopback, as torchrun or srun start them, train as one process does; one of them is killed."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,7 @@ def node(rank, port, output, how, *call):
         for number in (1, 2):
             os.dup2(file.fileno(), number)
         sys.stderr = file  # pytest's, until here
+        logging.basicConfig(stream=file, force=True)
         try:
             status = how(*call)
         except Exception as error:
