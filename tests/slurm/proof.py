@@ -1,7 +1,7 @@
 """`codalib run --executor slurm` on a real Slurm of one machine: a job is cancelled, the same command goes on.
 
-`make test-slurm`, as root, where Debian's slurm-wlm and munge are installed: starts munged, slurmctld and slurmd with a
-configuration of their own in a temporary folder, ends them and leaves nothing behind. It takes minutes.
+`make test-slurm`, as root, where Debian's slurm-wlm and munge are installed and no Slurm is set up: starts munged,
+slurmctld and slurmd with files in a temporary folder, ends them and leaves nothing behind. It takes minutes.
 """
 
 import json
@@ -9,19 +9,21 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from codalib.base.files import read_json
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
+SETTINGS = Path("/etc/slurm")  # where a job looks, whose SLURM_CONF Snakemake's plugin takes away
 PATIENCE = 1800  # s
 NAME = "on-slurm"
 STAGE = "01_train_tokenizer"  # the one that is cancelled
@@ -88,7 +90,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[None]:
-    """A controller and one machine, this one, as long as the block lasts; SLURM_CONF names their configuration."""
+    """A controller and one machine, this one, as long as the block lasts."""
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
@@ -98,12 +100,15 @@ def cluster(folder: Path) -> Iterator[None]:
     (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    files = [SETTINGS / "slurm.conf", SETTINGS / "gres.conf"]
+    SETTINGS.mkdir(exist_ok=True)
     own = {name: f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")}
     commands = [["munged", "--foreground", "--force", *own.values(), f"--socket={folder}/munge.socket"]]
     commands += [["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", host]]
     started = []
     try:
+        for file in files:
+            file.symlink_to(folder / file.name)
         for command in commands:
             with open(folder / f"{command[0]}.out", "w") as output:
                 started.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
@@ -114,9 +119,14 @@ def cluster(folder: Path) -> Iterator[None]:
         say("Slurm: " + " | ".join(shown("sinfo", "--noheader", "--format=%P %T %c cores %m MB %G").splitlines()))
         yield
     finally:
-        for process in reversed([*started, *RUNS]):
+        for run in RUNS:
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGTERM)
+        for process in reversed(started):
             process.terminate()
             process.wait(30)
+        for file in files:
+            file.unlink()
 
 
 def shown(*command: str) -> str:
@@ -153,9 +163,9 @@ def start(project: Path, output: Path) -> subprocess.Popen:
     own |= {"PYTHONPATH": str(project), "SNAKEMAKE_PROFILE": str(project / "snakemake")}
     command = [sys.executable, "-m", "codalib", "run", "--profile", NAME, "--executor", "slurm"]
     say("$ codalib " + " ".join(command[3:]))
-    run = subprocess.Popen(command, cwd=project, env=own, stdout=output.open("w"), stderr=subprocess.STDOUT)
-    RUNS.append(run)
-    return run
+    options = {"cwd": project, "env": own, "stdout": output.open("w"), "stderr": subprocess.STDOUT}
+    RUNS.append(subprocess.Popen(command, **options, start_new_session=True))
+    return RUNS[-1]
 
 
 def jobs() -> list[list[str]]:
@@ -209,9 +219,12 @@ def proof(folder: Path) -> None:
 
 def main() -> int:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing or os.geteuid() != 0:
-        told = f"no {', '.join(missing)}" if missing else "another user"
-        print(f"expected root and Slurm, got {told}: as root `apt-get install slurm-wlm munge`, then again")
+    there = (SETTINGS / "slurm.conf").exists()
+    if missing or there or os.geteuid() != 0:
+        told = f"no {', '.join(missing)}" if missing else f"{SETTINGS}/slurm.conf" if there else "another user"
+        print(
+            f"expected root and a Slurm that is not set up yet, got {told}: `apt-get install slurm-wlm munge` elsewhere"
+        )
         return 1
     with tempfile.TemporaryDirectory(prefix="slurm-") as place:
         folder = Path(place)
@@ -219,8 +232,10 @@ def main() -> int:
             with cluster(folder):
                 proof(folder)
         except BaseException:
-            for path in sorted(folder.glob("*.txt")) + sorted(folder.glob("*.log")) + sorted(folder.glob("*.out")):
-                print(f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}")
+            for pattern in ("*.txt", "slurm*.log", "project/runs/*/logs/*/*/*.log"):
+                for path in folder.glob(pattern):
+                    lines = [line[:200] for line in path.read_text(errors="replace").splitlines()]
+                    print(f"--- {path.name}", *lines[-40:], sep="\n")
             raise
     say("proven")
     return 0
