@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(days=1)  # for a process that works alone while others wait; a dead one is noticed at once
 DISK = 30.0  # s: until what one machine wrote is seen by all
+SETTLE = 3.0  # s: until the process that failed first has said so
 CALLS = ".calls"  # below the runs: what rank 0 hands out to other machines
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # what another's end looks like
 
@@ -220,7 +221,7 @@ def _take_part(team: Team, number: int, function: Callable[..., None], arguments
     except ProcessException as error:
         sentence = _reason(error, team.place.rank, team.place.size)
         if any(words in sentence for words in LOST):  # another's end shows here first: what does it say itself?
-            sentence = team.failure(number, 5.0) or (
+            sentence = team.failure(number, SETTLE) or (
                 f"{team.place} lost another process: a machine or a process ended without a word; start all again, "
                 "training goes on from its last checkpoint"
             )

@@ -20,7 +20,7 @@ NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # "True": torchrun itself serves the store at MASTER_ADDR
 TEAM = "CODALIB_TEAM"  # in the environment of rank 0 and of what it starts: its place, as JSON
 POLL, BEAT, SILENCE = 0.2, 1.0, 30.0  # s: between two looks, between two signs of life, without one until it is lost
-CONNECT, LEAVE = timedelta(minutes=5), 10.0  # to wait for the store, and for the others to read that all has ended
+CONNECT, LEAVE = timedelta(minutes=5), 5.0  # to wait for the store, and for the others to read that all has ended
 
 
 class TeamError(RuntimeError):

@@ -17,6 +17,7 @@ from test_train_maskgit import random_cache
 
 from codalib.base.processes import launch, together
 from codalib.base.team import Place
+from codalib.models.masks import sample_mask
 from codalib.training import maskgit
 from codalib.training.settings import MaskGITSettings
 from codalib.training.trainer import read_log
@@ -31,7 +32,9 @@ def train(batch_size, folder, stalled=None, step=None):
     """MaskGIT on all tokens masked; the process of rank STALLED waits for ever in STEP."""
     drawn = iter(range(1 << 30))
 
-    def all_masked(batch, scales, *_):
+    def all_masked(batch, scales, *drawing, generator=None):
+        if generator is not None:  # of the validation
+            return sample_mask(batch, scales, generator=generator)
         if PartialState().process_index == stalled and next(drawn) == step:
             (folder / "stalled").touch()
             time.sleep(LIMIT)
@@ -106,7 +109,7 @@ class Nodes:
         return self.processes[rank].exitcode, said
 
     def kill(self, rank, marker):
-        """kill -9, once MARKER is there; returns what the other one said until it ended."""
+        """kill -9 of a machine, once MARKER is there; returns what the other one said until it ended."""
         deadline = time.monotonic() + LIMIT
         while not marker.exists() and all(process.is_alive() for process in self.processes):
             assert time.monotonic() < deadline
@@ -123,7 +126,7 @@ def weights(folder):
     return load_file(folder / "generator" / "model.safetensors")
 
 
-def test_two_machines_of_which_each_is_killed_once_end_with_the_weights_of_one_process(tmp_path, monkeypatch):
+def test_two_machines_of_which_one_is_killed_end_with_the_weights_of_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     random_cache(tmp_path / "train", count=12)
@@ -132,14 +135,12 @@ def test_two_machines_of_which_each_is_killed_once_end_with_the_weights_of_one_p
     two.mkdir()
     said = Nodes(tmp_path, started_by_codalib, train, 2, 2, two, 1, 3).kill(1, two / "stalled")
     assert "lost another process: a machine or a process ended without a word; start all again" in said
-    said = Nodes(tmp_path, started_by_codalib, train, 2, 2, two, 1, 3).kill(0, two / "stalled")
-    assert "does not reach 127.0.0.1:" in said
     nodes = Nodes(tmp_path, started_by_codalib, train, 2, 2, two)
     for rank in (0, 1):
         status, said = nodes.end(rank)
         assert status == 0, said
     assert [row["step"] for row in read_log(two)] == [1, 2, 3, 4, 5, 6]
-    assert not list((tmp_path / ".calls").iterdir())[2:]  # the killed ones could not tidy up
+    assert not list((tmp_path / ".calls").iterdir())
 
     train(4, one)
     found, expected = weights(two), weights(one)
