@@ -10,7 +10,9 @@ import logging
 import os
 import pickle
 import secrets
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -142,6 +144,9 @@ def together(place: Place, command: Callable[[], int]) -> int:
 
     A command of several processes, of any number of machines, ends in all of them, whichever fails.
     """
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # torchrun's: what is started here ends too
     team = Team(place)
     team.show_life()
     if place.rank:
@@ -180,9 +185,8 @@ def _serve(team: Team) -> int:
         while call := team.next_call(number):
             try:
                 _take_part(team, number, *_read_call(team, *json.loads(call)))
-            except OSError as error:
-                team.fail(number, str(error))
-                log.error("%s", error)
+            except (OSError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+                log.error("%s", team.fail(number, f"{team.place}: {error}"))
             except TeamError as error:  # rank 0 hears of it, and says how all goes on
                 log.error("%s", error)
                 if team.failure(number) is None:
@@ -206,7 +210,7 @@ def _read_call(team: Team, file: str, digest: str) -> tuple[Callable[..., None],
                 return pickle.loads(contents)
         if time.monotonic() > until:
             raise FileNotFoundError(
-                f"{team.place} does not see {file}, which process 1 has written: expected one folder of runs on a disk "
+                f"{file}, which process 1 has written, is not to be seen here: expected one folder of runs on a disk "
                 "that all machines share, under one path: set CODALIB_RUNS on each"
             )
         time.sleep(1.0)

@@ -207,9 +207,11 @@ class Team:
         return sentence and sentence.decode()
 
     def check(self, number: int) -> None:
-        """Raise TeamError where call NUMBER has failed somewhere, or one is silent."""
+        """Raise TeamError where call NUMBER has failed somewhere, all has ended, or one is silent."""
         if sentence := self.failure(number):
             raise TeamError(sentence)
+        if (end := self._read("end")) is not None:
+            raise TeamError(end.decode() or "the first process has ended")
         self.watch()
 
     def done(self, number: int) -> None:

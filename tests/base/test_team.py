@@ -72,6 +72,8 @@ def test_a_call_is_handed_out_and_all_hear_that_it_is_done_and_that_all_has_ende
     first.wait_for_all(number)
     second.leave()
     first.end("the first process stopped")
+    with pytest.raises(TeamError, match="the first process stopped"):
+        second.check(2)
     assert second.next_call(2) is None
     assert second.leave() == "the first process stopped"
 
@@ -111,7 +113,7 @@ def test_a_store_that_has_gone_is_one_sentence(two, monkeypatch):
 def test_a_disk_that_is_not_shared_is_one_sentence(two, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "DISK", -1.0)
     with pytest.raises(
-        FileNotFoundError, match=r"process 2 of 2 on \S+ does not see .*there, which process 1 has writ"
+        FileNotFoundError, match=r"there, which process 1 has written, is not to be seen here: expected one"
     ):
         processes._read_call(two[1], str(tmp_path / "there"), "")
 

@@ -126,6 +126,18 @@ def test_a_stage_has_a_gpu_for_each_of_its_processes_on_a_cluster(path):
         assert asked.cores >= wanted, stage
 
 
+def test_the_profile_in_the_documentation_is_one(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "servers.md").read_text(), flags=re.DOTALL)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    (tmp_path / "profiles" / "own.yaml").write_text(block)
+    monkeypatch.setattr("codalib.workflow.profiles.project_folder", lambda: tmp_path)
+    assert profile_resources("own", "01_train_tokenizer") == Resources(4, 40, 128, 12, "gpu", "vision")
+    given = values("own", "01_train_tokenizer")
+    assert given["batch_size"] * given["processes"] * given["accumulation"] == 512
+    assert profile_stages("own", STEMS) == profile_stages("imagenet-mar-65536", STEMS)
+
+
 def test_a_profile_runs_the_stages_that_it_names(profiles):
     def stages(text):
         profiles("p", text)
