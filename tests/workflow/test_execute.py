@@ -63,8 +63,8 @@ def test_a_notebook_runs_with_its_profile_and_leaves_a_page(project, caplog):
 
 
 def test_a_launchers_processes_are_the_notebooks(project, monkeypatch, caplog):
+    monkeypatch.setenv(TEAM, "")  # taken away at the end
     Place("here", 1, "0", 0, 0, 4, 4, serves=False).lead()
-    monkeypatch.setenv(TEAM, os.environ[TEAM])  # taken away at the end
     path = write_notebook(project, CHECK, parameters=PARAMETERS + "\nprocesses: int = 1  # one a GPU")
     assert main([str(path), "--profile", "tiny"]) == 0
     assert read_json(runs_folder("tiny/stage/manifest.json"))["parameters"]["processes"] == 4
