@@ -9,7 +9,7 @@ scored on the validation images, image by image.
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,11 @@ class AdaptedTrials:
         )
 
         def make(name: str) -> dict[str, Any]:
-            settings = {"settings": asdict(own), "fit": asdict(fit)}
+            settings = {"settings": own.deciding(), "fit": fit.deciding()}
             return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
 
         name = f"{cell} rate {rate:g} steps {own.steps} seed {seed}"
-        return self.trials.once(name, [PROTOCOL, self.data.digest, asdict(own), asdict(fit)], make)
+        return self.trials.once(name, [PROTOCOL, self.data.digest, own.deciding(), fit.deciding()], make)
 
     def _train(self, own: TokenizerSettings, fit: QuantizerSettings, name: str) -> dict[str, Any]:
         data, folder = self.data, self.work / name
