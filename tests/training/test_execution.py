@@ -125,7 +125,7 @@ def test_channels_last_trains_the_same_and_keeps_its_layout_when_resumed(plain, 
     train(tmp_path, images, interrupted=True)
     stage = train(tmp_path, images)
     assert first_terms(tmp_path) == pytest.approx(plain[1], rel=2e-2)  # a code may fall the other way
-    convolution = stage.tokenizer.vae.autoencoder.decoder.conv_in.base_layer.weight
+    convolution = stage.tokenizer.vae.autoencoder.decoder.conv_in.weight
     assert convolution.is_contiguous(memory_format=torch.channels_last)
     optimizer = stage.trainer.optimizers["generator"]
     moments = [(p, values[name]) for p, values in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")]
