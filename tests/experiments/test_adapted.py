@@ -93,6 +93,14 @@ def test_a_trial_trains_its_cell_and_is_read_from_its_file_the_next_time(tmp_pat
         trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 4)
 
 
+def test_a_tokenizer_from_scratch_has_no_start_on_latents(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("codalib.experiments.adapted.fit_quantizer", lambda *_: pytest.fail("started on latents"))
+    row = trials(tmp_path, data).trial("nearest, from scratch", 0.001, 1)
+    assert row["settings"]["adapters"] == "scratch"
+    assert row["test"]["posterior_noise"] == pytest.approx(0, abs=1e-6)
+    assert load_tokenizer(*(tmp_path / "work" / "tokenizers").iterdir()).num_tokens == 65
+
+
 def test_starts_for_both_kinds_are_asked_for(tmp_path, data):
     with pytest.raises(ValueError, match="attention wrong"):
         AdaptedTrials(SETTINGS, {"nearest": {}}, data, TrialFolder(tmp_path, {}), tmp_path)

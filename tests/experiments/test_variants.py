@@ -3,13 +3,12 @@ import json
 import pytest
 
 from codalib.base.paths import runs_folder
-from codalib.experiments.sweeps import BEST, PAPER, VARIANTS, write_rows
+from codalib.experiments.sweeps import BEST, PAPER, write_rows
 from codalib.experiments.variants import (
     baseline_curves,
     baseline_rows,
     baseline_tokenizers,
     pixel_error,
-    steps_to_reach,
     table_4_rows,
     tokenizer_variants,
     variant_row,
@@ -41,7 +40,7 @@ def test_the_base_stands_in_each_table_and_a_variant_in_its_own(tmp_path, monkey
     variants = tokenizer_variants(SETTINGS, ["decoder"], [256], [None])
     rows = [variant_row(name, own, f"{name}/tokenizer") for name, own in variants.items()]
     settings = [[BEST, PAPER], [BEST], [BEST], []]  # of the base, the decoder, 256 codes and no norm
-    write_rows([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x", VARIANTS)
+    write_rows([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x")
     found = [(row["table"], row["method"], row["setting"]) for row in table_4_rows("x")]
     best = [("4a", "both"), ("4a", "decoder"), ("4b", "64"), ("4b", "256"), ("4c", "rms")]
     assert found == [(*row, BEST) for row in best] + [(*row, PAPER) for row in (best[0], best[2], best[4])]
@@ -72,25 +71,13 @@ def test_baselines_have_a_quantizer_of_their_own_and_the_same_decoder_adapters()
         baseline_tokenizers(settings, ["pq"], levels=3, longer=6)
 
 
-def test_a_budget_is_the_steps_to_the_others_end():
-    def curve(method, seed, points):
-        return [{"method": method, "seed": seed, "steps": step, "val_psnr": value} for step, value in points]
-
-    fast = curve("fast", 0, [(5, 10.0), (10, 20.0)]) + curve("fast", 1, [(10, 30.0)])
-    slow = curve("slow", 0, [(20, 15.0), (40, 25.0), (60, 19.0)])
-    assert steps_to_reach(fast + slow, "slow", "fast") == ([3.0], True)  # at 30 steps, between 20 and 40
-    never = slow + curve("slow", 1, [(20, 15.0), (70, 29.0)])
-    assert steps_to_reach(fast + never, "slow", "fast") == ([3.0, 7.0], False)
-    assert steps_to_reach(fast, "slow", "fast") == ([], True)
-
-
 def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     common = {"method": "CODA", "seed": 0, "codebook_size": 8, "tokens": 5, "steps": 4, "seconds": 1.0}
     common |= {"operations_a_step": 1e15, "learning_rate": 0.1}
     settings = {"a": [], "b": [BEST], "c": [PAPER]}
     rows = [common | {"tokenizer": f"{name}/tokenizer", "settings": own} for name, own in settings.items()]
-    write_rows(rows, tmp_path / "x", VARIANTS)
+    write_rows(rows, tmp_path / "x")
     (tmp_path / "x/b").mkdir()
     lines = [{"step": 1, "l1": 1.0}, {"step": 2, "l1": 1.0, "val_psnr": 9.0}, {"step": 4, "l1": 1.0, "val_psnr": 11.0}]
     (tmp_path / "x/b/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
