@@ -9,7 +9,7 @@ scored on the validation images, image by image.
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -165,10 +165,10 @@ class AdaptedTrials:
         (kind, adapters), (own, fit) = EVERY_CELL[cell], self.settings_of(cell, rate, seed, longer)
 
         def make(name: str) -> dict[str, Any]:
-            settings = {"settings": asdict(own), "fit": asdict(fit)}
+            settings = {"settings": own.deciding(), "fit": fit.deciding()}
             return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
 
-        inputs = [PROTOCOL, self.data.digest, asdict(own), asdict(fit)]
+        inputs = [PROTOCOL, self.data.digest, own.deciding(), fit.deciding()]
         return self.trials.once(self._name(cell, own), inputs, make)
 
     def tokenizer(self, cell: str, rate: float, seed: int) -> Path:
