@@ -31,10 +31,11 @@ def profile(tmp_path, monkeypatch):
         run.folder / "t.csv", index=False
     )
     files = figures.save_figure(figures.ablation_bars(rows, ["psnr"]), run.folder, "ladder")
+    (run.folder / "slider.html").write_text('<div class="levels">a slider</div>')
     run.finish(
         {
             "tables": [{"file": "t.csv", "title": "Table 1", "caption": HOSTILE}],
-            "figures": [{**files, "caption": HOSTILE, "alt": 'Bars that "rise".'}],
+            "figures": [{**files, "html": "slider.html", "caption": HOSTILE, "alt": 'Bars that "rise".'}],
             "claims": [
                 claim_verdict("residual_error", {"quantization_error": [0.5, 0.51, 0.52]}, "0.2 → 0.1"),
                 claim_verdict("attention_error", {"quantization_error": [-0.5, -0.51, -0.52]}, "0.1 → 0.2"),
@@ -109,8 +110,12 @@ def test_the_runs_numbers_stand_beside_the_papers(soup):
 
 def test_every_picture_is_inside_the_page_and_has_its_alternative(soup):
     assert [image["alt"] for image in soup.find_all("img")] == ['Bars that "rise".']
-    assert all(image["src"].startswith("data:image/png;base64,") for image in soup.find_all("img"))
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in soup.find_all("img"))
     assert not soup.select("link[href^=http], script[src]")
+
+
+def test_a_figures_slider_stands_with_it(soup):
+    assert soup.select_one("figure .levels").get_text() == "a slider"
 
 
 def test_names_from_outside_stand_as_they_are(soup):

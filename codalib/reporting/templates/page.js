@@ -30,3 +30,34 @@ for (const table of document.querySelectorAll(".scroll table")) {
     });
   });
 }
+
+// Figures with a level slider and a wipe (levels.html.j2): of all their pictures, one is left of the line, one right.
+for (const figure of document.querySelectorAll(".levels")) {
+  const [level, wipe, left, right] = ["level", "wipe", "left", "right"].map((name) => figure.querySelector(`[name=${name}]`));
+  const stage = figure.querySelector(".stage");
+  const images = Array.from(stage.querySelectorAll("img"));
+  const chosen = (side) => {
+    const own = images.filter((image) => image.dataset.series === side.value);
+    return own[Math.min(Number(level.value), own.length) - 1];
+  };
+  const draw = () => {
+    const [before, after] = [chosen(left), chosen(right)];
+    for (const image of images) image.className = image === after ? "right" : image === before ? "left" : "";
+    stage.style.setProperty("--wipe", `${wipe.value}%`);
+    level.setAttribute("aria-valuetext", `${level.value} of ${level.max} levels`);
+    wipe.setAttribute("aria-valuetext", `${wipe.value} %`);
+    figure.querySelector("output").textContent = `Left of the line: ${before.alt}. Right of it: ${after.alt}.`;
+  };
+  const drag = (event) => {
+    if (!event.buttons) return;
+    const box = stage.getBoundingClientRect();
+    const columns = Number(getComputedStyle(figure).getPropertyValue("--columns"));
+    wipe.value = 100 * (((event.clientX - box.left) / box.width * columns) % 1);
+    draw();
+  };
+  figure.addEventListener("input", draw);
+  stage.addEventListener("pointerdown", drag);
+  stage.addEventListener("pointermove", drag);
+  figure.hidden = false;
+  draw();
+}
