@@ -19,6 +19,7 @@ from urllib.request import urlopen
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +27,7 @@ from PIL import Image
 from codalib.reporting import pages
 from codalib.reporting.figures import data_uri
 from codalib.reporting.levels import level_slider
+from codalib.reporting.tables import html_table
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(
@@ -256,6 +258,34 @@ def test_a_page_without_scripts_shows_the_plain_picture_alone(figure, browser):
     assert page.locator("#plain").is_visible()
     assert not page.locator(".levels").is_visible()
     context.close()
+
+
+def test_a_pages_table_filters_and_sorts_by_keyboard(browser, tmp_path):
+    rows = [(claim, method, seed) for claim in ("error", "codes") for method in ("VQ", "CODA") for seed in (1, 2, 11)]
+    table = html_table(pd.DataFrame(rows, columns=["Claim", "Method", "Seed"]))
+    (tmp_path / "page.html").write_text(pages.page("A page", table + html_table(pd.DataFrame({"Short": [1, 2]}))))
+    page = open_page(browser, 390)
+    page.goto((tmp_path / "page.html").as_uri())
+
+    def seen():
+        rows = page.locator("table").first.locator("tbody tr:visible").all_inner_texts()
+        return [tuple(row.split("\t")) for row in rows]
+
+    field = page.get_by_label("Filter rows")
+    assert field.count() == 1  # the short table has none
+    field.fill("coda seed:1")
+    assert seen() == [("error", "CODA", "1"), ("codes", "CODA", "1")]
+    assert page.get_by_role("status").inner_text() == "2 of 12 rows"
+    page.get_by_role("button", name="Claim").press("Enter")
+    assert seen() == [("codes", "CODA", "1"), ("error", "CODA", "1")]
+    field.fill("claim:error method:vq")
+    page.get_by_role("button", name="Seed").press("Enter")
+    page.get_by_role("button", name="Seed").press("Enter")
+    assert [row[2] for row in seen()] == ["11", "2", "1"]  # as numbers, downwards
+    field.fill("")
+    assert len(seen()) == 12
+    assert not page.said
+    page.close()
 
 
 @pytest.mark.parametrize("width", [390, 1280])  # a phone, a desktop

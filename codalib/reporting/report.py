@@ -132,15 +132,23 @@ def build(profile: str) -> Path:
 
 
 def build_index() -> Path:
-    """Write the page that leads to every profile's: one row for each folder of reports that has a page."""
-    rows = []
+    """Write the page that leads to every profile's: one row for each that has one, and one for each verdict."""
+    rows, claims = [], []
     for page in sorted(reports_folder().glob("*/index.html")):
         name, manifests = page.parent.name, page.parent / MANIFEST
         stages = read_json(manifests) if manifests.exists() else []
         stages = [stage for stage in stages if "notebook" in stage] if isinstance(stages, list) else []
-        claims = corrected([claim for stage in stages for claim in stage.get("results", {}).get("claims", [])])
-        rows.append({"name": name, "what": _description(name), "stages": stages, "counts": _counts(claims)})
-    body = pages.fill("index.html.j2", pages=rows, summary=pages.markdown(SUMMARY), verdicts=VERDICTS)
+        own = corrected(
+            [
+                {"setting": "", "page": name, "notebook": stage["notebook"], "seed": stage["seed"]} | claim
+                for stage in stages
+                for claim in stage.get("results", {}).get("claims", [])
+            ]
+        )
+        claims += [claim | {"title": CLAIMS[claim["id"]].title} for claim in own if claim["id"] in CLAIMS]
+        rows.append({"name": name, "what": _description(name), "stages": stages, "counts": _counts(own)})
+    claims.sort(key=lambda claim: list(CLAIMS).index(claim["id"]))  # the paper's order
+    body = pages.fill("index.html.j2", pages=rows, claims=claims, summary=pages.markdown(SUMMARY), verdicts=VERDICTS)
     path = reports_folder() / "index.html"
     with atomic_write(path) as file:
         file.write(pages.page("CODA, reproduced", body))
