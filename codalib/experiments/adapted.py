@@ -25,7 +25,7 @@ from codalib.evaluation.reconstruction import image_scores
 from codalib.experiments.bracketing import bracket
 from codalib.experiments.paper import USED
 from codalib.experiments.statistics import claim_verdict
-from codalib.experiments.trials import Compared, TrialFolder, data_digest
+from codalib.experiments.trials import Compared, TrialFolder, data_digest, words
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.losses import weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
@@ -71,8 +71,8 @@ class AdaptedData:
 
     @cached_property
     def digest(self) -> str:
-        networks = [getattr(network, "name", None) for network in (self.perceptual, self.distance)]
-        settings = PROTOCOL, self.train.resolution, *networks, self.distance.extractor_side
+        perceptual, network = getattr(self.perceptual, "name", None), self.distance.name.partition("@")[0]
+        settings = PROTOCOL, self.train.resolution, perceptual, network, self.distance.extractor_side
         return data_digest(self.vae, (self.train, self.choose, self.test), *settings)
 
     @cached_property
@@ -93,8 +93,9 @@ class AdaptedData:
 
     def distances(self, features: Tensor) -> dict[str, float]:
         """The Frechet and the kernel distance of features (N, D) to the test images', under names that say how."""
-        inception, side = self.distance.name == "fid", self.distance.extractor_side
-        frechet, kernel = ("rfid", "rkid") if inception else (f"fd_effnet@{side}", f"kd_effnet@{side}")
+        frechet, kernel = self.distance.name, self.distance.kernel_name
+        if frechet == "fid":
+            frechet, kernel = "rfid", "rkid"
         return {
             frechet: frechet_distance(*moments(self.real), *moments(features)),
             kernel: kernel_distance(self.real, features),
@@ -160,6 +161,32 @@ class AdaptedTrials:
 
     def trial(self, cell: str, rate: float, seed: int, longer: int = 1) -> dict[str, Any]:
         """The result of one trial, from its file or trained now."""
+        (kind, adapters), (own, fit) = CELLS[cell], self.settings_of(cell, rate, seed, longer)
+
+        def make(name: str) -> dict[str, Any]:
+            settings = {"settings": asdict(own), "fit": asdict(fit)}
+            return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
+
+        inputs = [PROTOCOL, self.data.digest, asdict(own), asdict(fit)]
+        return self.trials.once(self._name(cell, own), inputs, make)
+
+    def tokenizer(self, cell: str, rate: float, seed: int) -> Path:
+        """The folder of a trial's tokenizer, trained again where only its numbers were kept."""
+        self.trial(cell, rate, seed)
+        own, fit = self.settings_of(cell, rate, seed)
+        folder = self.work / "tokenizers" / words(self._name(cell, own))
+        if not folder.exists():
+            self._train(own, fit, folder.name)
+        return folder
+
+    @staticmethod
+    def _name(cell: str, own: TokenizerSettings) -> str:
+        return f"{cell} rate {own.learning_rate:g} steps {own.steps} seed {own.seed}"
+
+    def settings_of(
+        self, cell: str, rate: float, seed: int, longer: int = 1
+    ) -> tuple[TokenizerSettings, QuantizerSettings]:
+        """What a trial is trained with, on images and before on latents."""
         kind, adapters = CELLS[cell]
         fit = replace(self.fits[kind], seed=seed)
         own = replace(
@@ -171,13 +198,7 @@ class AdaptedTrials:
             entropy_weight=self.settings.quantization_weight * fit.entropy_weight,
             seed=seed,
         )
-
-        def make(name: str) -> dict[str, Any]:
-            settings = {"settings": asdict(own), "fit": asdict(fit)}
-            return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
-
-        name = f"{cell} rate {rate:g} steps {own.steps} seed {seed}"
-        return self.trials.once(name, [PROTOCOL, self.data.digest, asdict(own), asdict(fit)], make)
+        return own, fit
 
     def _train(self, own: TokenizerSettings, fit: QuantizerSettings, name: str) -> dict[str, Any]:
         data, folder = self.data, self.work / name

@@ -8,8 +8,7 @@ from codalib.base.files import read_json, write_json
 from codalib.base.paths import runs_folder
 
 BEST, PAPER = "best of its sweep", "paper's setting"
-VARIANTS, GENERATORS = "variants.json", "generators.json"
-PATHS = {VARIANTS: "tokenizer", GENERATORS: "generator"}  # file of rows -> its column of paths below the file's folder
+VARIANTS = "variants.json"  # the rows of a notebook that trains several tokenizers
 Setting = TypeVar("Setting")
 
 
@@ -44,15 +43,17 @@ def sweep(
     return [row | {"settings": names[setting]} for setting, row in rows]
 
 
-def write_rows(rows: Sequence[dict[str, Any]], folder: str | Path, file: str) -> None:
-    """Write rows as FILE of a folder, `VARIANTS` or `GENERATORS`, their paths relative to it."""
-    folder, column = Path(folder), PATHS[file]
-    write_json(folder / file, [row | {column: str((folder / row[column]).relative_to(folder))} for row in rows])
+def write_rows(rows: Sequence[dict[str, Any]], folder: str | Path) -> None:
+    """Write rows as `VARIANTS` of a folder, the paths of their tokenizers relative to it."""
+    folder = Path(folder)
+    own = [row | {"tokenizer": str((folder / row["tokenizer"]).relative_to(folder))} for row in rows]
+    write_json(folder / VARIANTS, own)
 
 
-def read_rows(folder: str, file: str, notebooks: str) -> list[dict[str, Any]]:
-    """What `write_rows` wrote below `runs_folder()`, with whole paths; an error names the NOTEBOOKS that write it."""
-    place, column = runs_folder(folder), PATHS[file]
-    if not (place / file).exists():
-        raise ValueError(f"expected the folder of {notebooks}, got {place}, which holds no {file}")
-    return [row | {column: str(place / row[column])} for row in read_json(place / file)]
+def read_rows(folder: str) -> list[dict[str, Any]]:
+    """What `write_rows` wrote below `runs_folder()`, with whole paths."""
+    place = runs_folder(folder)
+    if not (place / VARIANTS).exists():
+        notebooks = "01_train_variants or 01_train_baselines"
+        raise ValueError(f"expected the folder of {notebooks}, got {place}, which holds no {VARIANTS}")
+    return [row | {"tokenizer": str(place / row["tokenizer"])} for row in read_json(place / VARIANTS)]

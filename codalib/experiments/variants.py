@@ -11,7 +11,7 @@ from torch import Tensor
 
 from codalib.base.processes import launch
 from codalib.datasets.images import ImageDataset
-from codalib.experiments.sweeps import BEST, GENERATORS, PAPER, VARIANTS, read_rows, sweep, write_rows
+from codalib.experiments.sweeps import BEST, PAPER, read_rows, sweep, write_rows
 from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer
@@ -91,7 +91,7 @@ class TokenizerTrials:
     def variants(
         self, variants: Mapping[str, TokenizerSettings], learning_rates: Sequence[float], seeds: Sequence[int]
     ) -> list[dict[str, Any]]:
-        """The rows of `sweep` for each of `tokenizer_variants`, written as `VARIANTS` too."""
+        """The rows of `sweep` for each of `tokenizer_variants`, written as `sweeps.VARIANTS` too."""
 
         def train(name: str, settings: TokenizerSettings, rate: float, seed: int) -> dict[str, Any]:
             own = replace(settings, learning_rate=rate, seed=seed)
@@ -110,7 +110,7 @@ class TokenizerTrials:
         seeds: Sequence[int],
         operations: Mapping[str, int],
     ) -> list[dict[str, Any]]:
-        """The rows of `sweep` for each of `baseline_tokenizers`, written as `VARIANTS` too.
+        """The rows of `sweep` for each of `baseline_tokenizers`, written as `sweeps.VARIANTS` too.
 
         `operations` are those of one image's training, by method.
         """
@@ -155,7 +155,7 @@ class TokenizerTrials:
         for name, own in methods.items():
             paper = TokenizerSettings.learning_rate if name in papers else None
             rows += sweep(partial(train, name, own), learning_rates, seeds, "train_error", paper)
-        write_rows(rows, self.folder, VARIANTS)
+        write_rows(rows, self.folder)
         return rows
 
 
@@ -189,7 +189,7 @@ def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
         own |= {field: embedded.quantizer.config()[field] for field in ("codebook_size", "norm")}
         rows = [{"method": BASE, "settings": [BEST], "learning_rate": None, "seed": 0, "tokenizer": "emoji"} | own]
     else:
-        rows = _trained_tokenizers(folder)
+        rows = read_rows(folder)
     return [
         {"table": table, "method": _word(row[field]), "setting": setting}
         | {name: row[name] for name in ("learning_rate", "seed", "tokenizer")}
@@ -220,7 +220,7 @@ def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any
         quantizer = CodaTokenizer.from_pretrained("emoji").quantizer
         size = {"tokens": quantizer.num_tokens, "codebook_size": quantizer.codebook_size}
         return [{"method": "CODA", "seed": 0, "tokenizer": "emoji"} | size]
-    rows = [row for row in _trained_tokenizers(folder) if setting in row["settings"]]
+    rows = [row for row in read_rows(folder) if setting in row["settings"]]
     kept = ("method", "seed", "tokens", "codebook_size", "tokenizer", "learning_rate", "steps", "seconds")
     return [
         {name: row[name] for name in kept} | {"petaflop": row["operations_a_step"] * row["steps"] / PETA}
@@ -238,7 +238,7 @@ def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, A
     return [
         {"method": row["method"], "seed": row["seed"], "steps": line["step"], "val_psnr": line["val_psnr"]}
         | {"petaflop": row["operations_a_step"] * line["step"] / PETA}
-        for row in _trained_tokenizers(folder)
+        for row in read_rows(folder)
         if setting in row["settings"]
         for line in read_log(Path(row["tokenizer"]).parent)
         if "val_psnr" in line
@@ -270,15 +270,3 @@ def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tu
                 step = before + (after - before) * (wanted - low) / (high - low)
         ratios.append(step / quick[-1][0])
     return ratios, reached
-
-
-def generator_rows(folder: str) -> list[dict[str, Any]]:
-    """The MaskGITs that 02_compare_tokenizers trained on several tokenizers, the one that is compared first.
-
-    Rows of `sweep` with "method", "tokenizer" (as `models.checkpoints.find_model` takes it), "generator" (its path).
-    """
-    return read_rows(folder, GENERATORS, "02_compare_tokenizers")
-
-
-def _trained_tokenizers(folder: str) -> list[dict[str, Any]]:
-    return read_rows(folder, VARIANTS, "01_train_variants or 01_train_baselines")

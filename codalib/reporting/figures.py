@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from codalib.base.files import atomic_write
-from codalib.experiments.paper import COLUMNS
+from codalib.experiments.paper import title_and_direction
 
 # Okabe and Ito's palette, which stays apart under the common colour blindnesses; one colour a method, everywhere.
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY = (
@@ -195,7 +195,7 @@ def ablation_bars(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
                 axes.annotate(
                     _short(mean), (mean, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7
                 )
-        name, direction = COLUMNS.get(column, (column.replace("_", " "), 0))
+        name, direction = title_and_direction(column)
         axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
         axes.set_yticks(places, methods)
         axes.margins(x=0.25)
@@ -236,7 +236,7 @@ def sweep_lines(
             axes.plot(*zip(*points, strict=True), marker=marker, label=text or column.replace("_", " "), color=colour)
         for style, (name, values) in zip(("--", ":", "-.") * len(levels), levels.items(), strict=False):
             axes.axhline(values[column], linestyle=style, color="#555555", linewidth=1, label=name)
-        name, direction = COLUMNS.get(column, (column.replace("_", " "), 0))
+        name, direction = title_and_direction(column)
         axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
         axes.set(xlabel=x.replace("_", " "))
         if all(isinstance(row[x], int) for row in rows):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from codalib.base.paths import runs_folder
-from codalib.experiments.sweeps import BEST, PAPER, VARIANTS, write_rows
+from codalib.experiments.sweeps import BEST, PAPER, write_rows
 from codalib.experiments.variants import (
     baseline_curves,
     baseline_rows,
@@ -41,7 +41,7 @@ def test_the_base_stands_in_each_table_and_a_variant_in_its_own(tmp_path, monkey
     variants = tokenizer_variants(SETTINGS, ["decoder"], [256], [None])
     rows = [variant_row(name, own, f"{name}/tokenizer") for name, own in variants.items()]
     settings = [[BEST, PAPER], [BEST], [BEST], []]  # of the base, the decoder, 256 codes and no norm
-    write_rows([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x", VARIANTS)
+    write_rows([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x")
     found = [(row["table"], row["method"], row["setting"]) for row in table_4_rows("x")]
     best = [("4a", "both"), ("4a", "decoder"), ("4b", "64"), ("4b", "256"), ("4c", "rms")]
     assert found == [(*row, BEST) for row in best] + [(*row, PAPER) for row in (best[0], best[2], best[4])]
@@ -90,7 +90,7 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
     common |= {"operations_a_step": 1e15, "learning_rate": 0.1}
     settings = {"a": [], "b": [BEST], "c": [PAPER]}
     rows = [common | {"tokenizer": f"{name}/tokenizer", "settings": own} for name, own in settings.items()]
-    write_rows(rows, tmp_path / "x", VARIANTS)
+    write_rows(rows, tmp_path / "x")
     (tmp_path / "x/b").mkdir()
     lines = [{"step": 1, "l1": 1.0}, {"step": 2, "l1": 1.0, "val_psnr": 9.0}, {"step": 4, "l1": 1.0, "val_psnr": 11.0}]
     (tmp_path / "x/b/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
