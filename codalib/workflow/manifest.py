@@ -19,7 +19,7 @@ from codalib.base.seeds import check_seed
 
 RESULTS = ("tables", "figures", "metrics", "claims")  # what a stage may hand to the report
 LOCK = ".lock"  # in the folder of a run
-FILES = ("file", "png", "svg", "gif")  # keys of a result that name files
+FILES = ("file", "png", "svg", "gif", "html")  # keys of a result that name files
 LIBRARIES = ("codalib", "torch", "torchvision", "diffusers", "peft", "accelerate", "timm", "torchmetrics", "numpy")
 
 
@@ -62,9 +62,9 @@ class Run:
     def finish(self, results: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Record the end of the run and its RESULTS, and return the manifest.
 
-        RESULTS may hold "tables" [{"file", "title", "caption"}], "figures" [{"png", "svg", "caption", "alt"} and for an
-        animation "gif"], "metrics" {name: number} and "claims" [{"id", "verdict", "effect", "detail"}]; files are named
-        relative to the folder and must exist. Anything else raises ValueError.
+        RESULTS may hold "tables" [{"file", "title", "caption"}], "figures" [{"png", "svg", "caption", "alt"}, for an
+        animation "gif", for a slider "html"], "metrics" {name: number} and "claims" [{"id", "verdict", "effect",
+        "detail"}]; files are named relative to the folder and must exist. Anything else raises ValueError.
         """
         results = dict(results or {})
         unknown = results.keys() - set(RESULTS)
