@@ -209,6 +209,7 @@ def test_reconstruction_metrics_stream():
     assert list(protocol) == list(values)
     assert "6 images" in protocol["psnr"]
     assert "random images" in protocol["fd_effnet@32"]
+    assert "resized to 32 (bicubic, antialiased)" in protocol["fd_effnet@32"]
     assert "not LPIPS" in protocol["perceptual_effnet"]
 
     # A second model on the same images does not read them again.

@@ -103,6 +103,7 @@ def test_losses_and_accuracies_per_level_are_logged(trained, caches):
     assert not names & rows[0].keys()
     assert trained[0].info == {"tokenizer": "abc", "classes": ["a", "b", "c"], "dataset": "test", "text_encoder": None}
     assert not trained[0].training
+    assert not any(p.requires_grad for p in trained[0].parameters())
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained, caches, tmp_path, monkeypatch):
@@ -157,6 +158,7 @@ def test_a_step_updates_all_parameters_at_its_last_micro_batch(caches, tmp_path,
 
     def noted(self, loss, terms, name, parameters, last):
         assert {id(p) for p in parameters} == {id(p) for p in self.module.parameters()}
+        assert self.optimizers[name].param_groups[0]["betas"] == (0.9, 0.96)
         lasts.append(last)
         update(self, loss, terms, name, parameters, last)
 

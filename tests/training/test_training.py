@@ -147,6 +147,7 @@ def test_fitting_a_quantizer_lowers_its_error(vae, images, tmp_path):
     fit_quantizer(settings, latents, tmp_path, latents)
     rows = read_log(tmp_path)
     assert rows[-1]["quantization"] < 0.7 * rows[0]["quantization"]
+    assert all(row["loss"] == pytest.approx(row["quantization"] + 0.05 * row["entropy"], rel=1e-5) for row in rows)
     assert 0 < rows[-1]["utilization"] <= 1
 
 
