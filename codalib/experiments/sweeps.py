@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from codalib.base.files import read_json, write_json
 from codalib.base.paths import runs_folder
+from codalib.experiments.bracketing import bracket
 
 BEST, PAPER = "best of its sweep", "paper's setting"
 VARIANTS = "variants.json"  # the rows of a notebook that trains several tokenizers
@@ -26,6 +27,7 @@ def sweep(
     seeds: Sequence[int],
     score: str,
     paper: Setting | None,
+    bracketed: bool = False,
 ) -> list[dict[str, Any]]:
     """Train a method at every setting with the first seed; then at its best and the paper's with the other seeds.
 
@@ -33,9 +35,22 @@ def sweep(
         train: trains at a setting, such as a learning rate, with a seed; returns a row with a number SCORE, of which
             the lowest is best.
         paper: the paper's setting, which may be among the others; None: only the best is trained again.
+        bracketed: the settings are numbers, and more are tried until the best is inside, see `bracketing.bracket`.
     Returns the rows, each with "settings": which of `BEST` and `PAPER` it stands for, if any.
     """
-    first = {setting: train(setting, seeds[0]) for setting in settings}
+    first: dict[Setting, dict[str, Any]] = {}
+
+    def tried(setting: Setting) -> float:
+        first[setting] = train(setting, seeds[0])
+        return first[setting][score]
+
+    if bracketed:
+        bracket(tried, sorted(settings))
+    else:
+        for setting in settings:
+            tried(setting)
+    if bracketed and paper is not None and paper not in first:
+        tried(paper)
     best = min(first, key=lambda setting: first[setting][score])
     names = {setting: [name for name, own in ((BEST, best), (PAPER, paper)) if own == setting] for setting in first}
     again = [(setting, seed) for setting in first for seed in seeds[1:] if names[setting]]

@@ -9,9 +9,12 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from codalib.base.hardware import compute_device
 from codalib.base.processes import launch
 from codalib.datasets.images import ImageDataset
+from codalib.evaluation.reconstruction import image_scores
 from codalib.experiments.sweeps import BEST, PAPER, read_rows, sweep, write_rows
+from codalib.models.checkpoints import load_tokenizer
 from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer
@@ -77,11 +80,13 @@ def baseline_tokenizers(
 class TokenizerTrials:
     """Trains the tokenizers that are compared: of one VAE, on the same images, each after the same start on latents.
 
-    What an interrupted run has finished is not trained again.
+    The learning rate is chosen by the error of the pixels of images on which nothing is trained and no verdict looks;
+    of several, the best is bracketed. What an interrupted run has finished is not trained again.
     """
 
     vae: str  # as `load_vae` takes it
     train: ImageDataset
+    choose: ImageDataset
     val: ImageDataset
     folder: Path  # of the run
     fit: FitSettings
@@ -98,7 +103,7 @@ class TokenizerTrials:
             start = f"{own.codebook_size}-{own.norm}-seed-{seed}"
             place, log = self._train(name, own, start, max(1, self.fit.fit_steps // 20))
             scores = {key.removeprefix("val_"): value for key, value in log[-1].items() if key.startswith("val_")}
-            cost = {"seconds": log[-1]["seconds"], "train_error": pixel_error(log, own)}
+            cost = {"seconds": log[-1]["seconds"], "choose_error": self.choose_error(place, own)}
             return variant_row(name, own, place) | cost | scores
 
         return self._sweeps(train, variants, learning_rates, seeds, papers=variants)
@@ -123,7 +128,7 @@ class TokenizerTrials:
                 "seconds": log[-1]["seconds"],
                 "tokens": sum(p * p for p in own.scales),
                 "operations_a_step": own.batch_size * own.accumulation * self.processes * operations[name],
-                "train_error": pixel_error(log, own),
+                "choose_error": self.choose_error(place, own),
                 "val_psnr": log[-1]["val_psnr"],
             }
 
@@ -142,6 +147,13 @@ class TokenizerTrials:
         launch(train_and_save, self.processes, *arguments)
         return f"{place}/tokenizer", read_log(self.folder / place)
 
+    def choose_error(self, place: str, settings: TokenizerSettings) -> float:
+        """The weighted L1 and L2 of a tokenizer's pixels over the choosing images; infinite where it is not finite."""
+        tokenizer = load_tokenizer(self.folder / place).to(compute_device())
+        scores = image_scores(tokenizer, self.choose)[0]
+        error = settings.l1_weight * scores["l1"].mean() + settings.l2_weight * scores["l2"].mean()
+        return error.nan_to_num(float("inf")).item()
+
     def _sweeps(
         self,
         train: Callable[[str, TokenizerSettings, float, int], dict[str, Any]],
@@ -154,7 +166,8 @@ class TokenizerTrials:
         rows = []
         for name, own in methods.items():
             paper = TokenizerSettings.learning_rate if name in papers else None
-            rows += sweep(partial(train, name, own), learning_rates, seeds, "train_error", paper)
+            several = len(learning_rates) > 1
+            rows += sweep(partial(train, name, own), learning_rates, seeds, "choose_error", paper, several)
         write_rows(rows, self.folder)
         return rows
 
@@ -198,13 +211,6 @@ def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
         for row in rows
         if row["method"] in (BASE, _name(field, row[field])) and setting in row["settings"]
     ]
-
-
-def pixel_error(log: Sequence[dict[str, float]], settings: TokenizerSettings) -> float:
-    """The mean weighted L1 and L2 of the last tenth of a training log: what the trials of a method are chosen by."""
-    values = [settings.l1_weight * row["l1"] + settings.l2_weight * row["l2"] for row in log if "l1" in row]
-    last = values[-max(1, len(values) // 10) :]
-    return sum(last) / len(last)
 
 
 def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:

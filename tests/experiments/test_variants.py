@@ -3,17 +3,20 @@ import json
 import pytest
 
 from codalib.base.paths import runs_folder
+from codalib.datasets.images import load_dataset
+from codalib.evaluation.reconstruction import image_scores
 from codalib.experiments.sweeps import BEST, PAPER, write_rows
 from codalib.experiments.variants import (
+    TokenizerTrials,
     baseline_curves,
     baseline_rows,
     baseline_tokenizers,
-    pixel_error,
     table_4_rows,
     tokenizer_variants,
     variant_row,
 )
-from codalib.training.settings import TokenizerSettings
+from codalib.models.checkpoints import load_tokenizer
+from codalib.training.settings import FitSettings, TokenizerSettings
 
 SETTINGS = TokenizerSettings(steps=1, batch_size=1, codebook_size=64)
 
@@ -93,6 +96,24 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
     assert [row["method"] for row in baseline_rows(None)] == ["CODA"]
 
 
-def test_trials_are_chosen_by_the_end_of_their_training():
-    log = [{"l1": 9.0, "l2": 9.0}] * 18 + [{"val_psnr": 1.0}] + [{"l1": 1.0, "l2": 2.0}, {"l1": 3.0, "l2": 4.0}]
-    assert pixel_error(log, SETTINGS) == pytest.approx((0.2 * 1 + 2 + 0.2 * 3 + 4) / 2)
+def test_rates_are_bracketed_on_images_of_their_own(tmp_path, monkeypatch):
+    train, choose = load_dataset("emoji", "train", 64, limit=24).split_groups(0.3)
+    val = load_dataset("emoji", "val", 64, limit=2)
+    small = TokenizerSettings(
+        steps=1, batch_size=2, codebook_size=8, scales=(8,), rank=2, perceptual_weight=0, adversarial_weight=0, ema=0
+    )
+    trials = TokenizerTrials("emoji", train, choose, val, tmp_path, FitSettings(), None, 1)
+    given = {5e-4: 0.5, 3e-4: 0.3, 1e-3: 0.2, 3e-3: 0.1, 9e-3: 0.4}
+    monkeypatch.setattr(TokenizerTrials, "choose_error", lambda self, place, own: given[own.learning_rate])
+    rows = trials.variants({"base": small}, [3e-4, 1e-3, 3e-3], [0, 1])
+    assert [(row["learning_rate"], row["seed"]) for row in rows] == [
+        *((rate, 0) for rate in (3e-4, 1e-3, 3e-3, 9e-3, 5e-4)),
+        (3e-3, 1),
+        (5e-4, 1),
+    ]
+    assert [row["settings"] for row in rows] == [[], [], [BEST], [], [PAPER], [BEST], [PAPER]]
+    monkeypatch.undo()
+    one = load_tokenizer(tmp_path / rows[0]["tokenizer"])
+    scores = image_scores(one, choose)[0]
+    expected = 0.2 * scores["l1"].mean() + scores["l2"].mean()
+    assert trials.choose_error(rows[0]["tokenizer"], small) == pytest.approx(expected.item())
