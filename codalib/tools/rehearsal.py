@@ -136,6 +136,7 @@ def rehearsal_settings(parameters: Mapping[str, Any], batch: int) -> TokenizerSe
         log_every=1,
         precision=parameters["precision"] if here else "float32",
         backend="auto" if here else "tiled",  # compiled code would hide its operations from the count
+        compile=False,  # as above
         perceptual_network="auto" if perceptual == "perceptual_vgg" and not has_weights("vgg16_lpips") else perceptual,
         discriminator_network="auto" if discriminator == "dino" and not has_weights("dino_vits16") else discriminator,
     )
@@ -283,7 +284,7 @@ def _stand_ins(
 
 def _changes(parameters: Mapping[str, Any], settings: TokenizerSettings) -> dict[str, list]:
     """Parameter -> [the profile's value, the rehearsal's], where they differ."""
-    names = ("steps", "batch_size", "accumulation", "workers", "ema_start", "precision")
+    names = ("steps", "batch_size", "accumulation", "workers", "ema_start", "precision", "compile")
     pairs = {name: [parameters[name], getattr(settings, name)] for name in names}
     pairs |= {"processes": [parameters["processes"], 1], "fit_steps": [parameters["fit_steps"], 0]}
     pairs |= {"dataset": [parameters["dataset"], "random images"], "backend": ["auto", settings.backend]}
