@@ -4,13 +4,18 @@ import copy
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed
 import torch.multiprocessing
 from accelerate import Accelerator
 from torch import nn
+
+from codalib.base.files import read_json, write_json
+from codalib.base.hardware import note_peaks, peaks, set_up_gpu
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +42,11 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        torch.multiprocessing.start_processes(
-            _work, (function, arguments, processes, port), nprocs=processes, start_method="spawn"
-        )
+        with tempfile.TemporaryDirectory() as folder:  # for what each process says at its end
+            given = function, arguments, processes, port, Path(folder)
+            torch.multiprocessing.start_processes(_work, given, nprocs=processes, start_method="spawn")
+            for rank in range(processes):
+                note_peaks(rank, read_json(Path(folder) / f"{rank}.json"))
     except torch.multiprocessing.ProcessRaisedException as error:
         reason = str(error).strip().splitlines()[-1]  # of the traceback that torch hands over as text
         raise RuntimeError(f"process {error.error_index + 1} of {processes} stopped: {reason}") from error
@@ -50,7 +57,7 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
         ) from error
 
 
-def _work(rank: int, function: Callable[..., None], arguments: tuple, processes: int, port: int) -> None:
+def _work(rank: int, function: Callable[..., None], arguments: tuple, processes: int, port: int, folder: Path) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -63,6 +70,7 @@ def _work(rank: int, function: Callable[..., None], arguments: tuple, processes:
         torch.cuda.set_device(rank)
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # of the OMP_NUM_THREADS that it inherits
     function(*arguments)
+    write_json(folder / f"{rank}.json", peaks())
     # Not after an error: the others may wait in a collective, and taking the group apart would wait for them.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -101,6 +109,25 @@ def synchronised(module: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
+@torch.no_grad()
+def average_statistics(module: nn.Module) -> None:
+    """Have all processes carry on with the mean of their running batch statistics, where each has its own.
+
+    Called after every step they are one set, that of a checkpoint, so that a resumed run goes on as an uninterrupted
+    one. Those of SyncBatchNorm are one set already.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    statistics = [x for layer in layers for x in (layer.running_mean, layer.running_var)]
+    if statistics:
+        joined = torch.cat([x.flatten() for x in statistics])
+        torch.distributed.all_reduce(joined)
+        joined /= torch.distributed.get_world_size()
+        for own, mean in zip(statistics, joined.split([x.numel() for x in statistics]), strict=True):
+            own.copy_(mean.view_as(own))
+
+
 def make_accelerator() -> Accelerator:
     """This process's place among the others, and its device.
 
@@ -108,4 +135,4 @@ def make_accelerator() -> Accelerator:
     in float32, trains in bfloat16 and measures in float32: `autocast` is each loop's own.
     """
     check_environment()
-    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision="no", cpu=not set_up_gpu())

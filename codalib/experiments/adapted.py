@@ -9,7 +9,7 @@ scored on the validation images, image by image.
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import PerceptualDistance
 from codalib.training.quantizer import fit_quantizer
-from codalib.training.settings import QuantizerSettings, TokenizerSettings
+from codalib.training.settings import SCRATCH, QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import train_tokenizer
 from codalib.training.trainer import read_log
 
@@ -45,6 +45,7 @@ CELLS = {  # name -> kind of quantizer, adapted part of the VAE
     "attention, decoder adapted": ("attention", "decoder"),
     "attention, both adapted": ("attention", "both"),
 }
+EVERY_CELL = CELLS | {"nearest, from scratch": ("nearest", SCRATCH)}  # that a trial can be of
 DOUBLED = ("nearest, both adapted", "attention, both adapted")
 CURVE_IMAGES = 64  # of the choosing images, in the validations during training
 
@@ -161,13 +162,13 @@ class AdaptedTrials:
 
     def trial(self, cell: str, rate: float, seed: int, longer: int = 1) -> dict[str, Any]:
         """The result of one trial, from its file or trained now."""
-        (kind, adapters), (own, fit) = CELLS[cell], self.settings_of(cell, rate, seed, longer)
+        (kind, adapters), (own, fit) = EVERY_CELL[cell], self.settings_of(cell, rate, seed, longer)
 
         def make(name: str) -> dict[str, Any]:
-            settings = {"settings": asdict(own), "fit": asdict(fit)}
+            settings = {"settings": own.deciding(), "fit": fit.deciding()}
             return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
 
-        inputs = [PROTOCOL, self.data.digest, asdict(own), asdict(fit)]
+        inputs = [PROTOCOL, self.data.digest, own.deciding(), fit.deciding()]
         return self.trials.once(self._name(cell, own), inputs, make)
 
     def tokenizer(self, cell: str, rate: float, seed: int) -> Path:
@@ -187,7 +188,7 @@ class AdaptedTrials:
         self, cell: str, rate: float, seed: int, longer: int = 1
     ) -> tuple[TokenizerSettings, QuantizerSettings]:
         """What a trial is trained with, on images and before on latents."""
-        kind, adapters = CELLS[cell]
+        kind, adapters = EVERY_CELL[cell]
         fit = replace(self.fits[kind], seed=seed)
         own = replace(
             self.settings,
@@ -205,13 +206,16 @@ class AdaptedTrials:
         curve_images = data.choose.subset(list(range(min(CURVE_IMAGES, len(data.choose)))))
         started = time.monotonic()
         try:
-            start = fit_quantizer(fit, data.latents, self.work / f"fit-{fit.kind}-{fit.seed}")
+            start = None  # from scratch there are no latents to start on
+            if own.adapters != SCRATCH:
+                start = fit_quantizer(fit, data.latents, self.work / f"fit-{fit.kind}-{fit.seed}")
             tokenizer = train_tokenizer(own, data.vae, data.train, curve_images, folder, start)
         except NonFiniteLoss as error:
             shutil.rmtree(folder, ignore_errors=True)
             return {"choose": {}, "failed": str(error)}
         seconds = round(time.monotonic() - started, 1)
-        tokenizer.save_pretrained(self.work / "tokenizers" / name, base=self.base)
+        base = None if own.adapters == SCRATCH else self.base
+        tokenizer.save_pretrained(self.work / "tokenizers" / name, base=base)
         curve = [{"step": row["step"], "psnr": row["val_psnr"]} for row in read_log(folder) if "val_psnr" in row]
         found = {"choose": self._choose(tokenizer), **self._judge(tokenizer), "curve": curve, "seconds": seconds}
         shutil.rmtree(folder, ignore_errors=True)

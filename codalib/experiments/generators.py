@@ -51,7 +51,7 @@ class TokenizerTrial:
     def inputs(self) -> list[Any]:
         """All that decides the tokenizer."""
         own, fit = self.trials.settings_of(self.cell, self.rate, self.seed)
-        return [self.trials.data.digest, asdict(own), asdict(fit)]
+        return [self.trials.data.digest, own.deciding(), fit.deciding()]
 
     def folder(self) -> Path:
         """Where it lies; trained first if it does not."""
@@ -119,7 +119,7 @@ class GeneratorTrials:
         own = replace(self.settings, learning_rate=rate, seed=seed, steps=steps or self.settings.steps)
 
         def make(file: str) -> dict[str, Any]:
-            found = {"tokenizer": name, "settings": asdict(own), "encoding": asdict(self.encoding)}
+            found = {"tokenizer": name, "settings": own.deciding(), "encoding": asdict(self.encoding)}
             found |= self._train(own, name, file)
             if steps is None and "failed" not in found:
                 found |= self._judge(name, self.work / "generators" / file, seed)
@@ -127,7 +127,7 @@ class GeneratorTrials:
 
         samplers = {key: asdict(own) for key, own in self._samplers(name).items()}
         judged = None if steps else [asdict(self.evaluation), samplers]
-        inputs = [PROTOCOL, self.tokenizers[name].inputs(), asdict(own), asdict(self.encoding), judged]
+        inputs = [PROTOCOL, self.tokenizers[name].inputs(), own.deciding(), asdict(self.encoding), judged]
         return self.trials.once(f"{name} rate {rate:g} steps {own.steps} seed {seed}", inputs, make)
 
     def _samplers(self, name: str) -> dict[str, SamplerConfig]:

@@ -243,30 +243,3 @@ def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, A
         for line in read_log(Path(row["tokenizer"]).parent)
         if "val_psnr" in line
     ]
-
-
-def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tuple[list[float], bool]:
-    """How many times the steps of FAST the method SLOW takes to the final PSNR of FAST, seed by seed.
-
-    The curve is straight between its points. Returns the ratios, and whether all were reached: where one was not, the
-    last step of SLOW stands for it, a lower bound.
-    """
-    ratios, reached = [], True
-    for seed in sorted({row["seed"] for row in curves}):
-        quick, long = (
-            sorted((row["steps"], row["val_psnr"]) for row in curves if (row["method"], row["seed"]) == (name, seed))
-            for name in (fast, slow)
-        )
-        if not quick or not long:
-            continue
-        wanted = quick[-1][1]
-        step = next((step for step, value in long if value >= wanted), None)
-        if step is None:
-            reached, step = False, long[-1][0]
-        else:
-            place = [at for at, _ in long].index(step)
-            if place:
-                (before, low), (after, high) = long[place - 1], long[place]
-                step = before + (after - before) * (wanted - low) / (high - low)
-        ratios.append(step / quick[-1][0])
-    return ratios, reached

@@ -1,5 +1,7 @@
 """Generators trained alike on the tokens of several tokenizers."""
 
+from dataclasses import replace
+
 import pytest
 
 from codalib import load_dataset, load_vae
@@ -65,6 +67,18 @@ def test_a_generator_is_trained_on_its_tokenizers_tokens_and_read_from_its_file_
     assert trials(tmp_path).trial("ours", 0.001, 4) == row
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         trials(tmp_path).trial("ours", 0.001, 5)
+
+
+def test_how_the_work_is_done_is_in_no_trials_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrialFolder, "once", lambda self, name, inputs, make, *_: [name, inputs])
+    plain, fast = trials(tmp_path), trials(tmp_path)
+    for tokenizer in fast.tokenizers.values():
+        inner = tokenizer.trials
+        inner.settings = replace(inner.settings, compile=True)
+        inner.fits = {kind: replace(own, gradient_checkpointing=True) for kind, own in inner.fits.items()}
+    fast.settings = replace(fast.settings, compile=True, gradient_checkpointing=True)
+    assert fast.trial("ours", 0.001, 4) == plain.trial("ours", 0.001, 4)
+    assert fast.baselines("theirs") == plain.baselines("theirs")
 
 
 def test_a_tokenizer_whose_numbers_alone_were_kept_is_trained_again(tmp_path):

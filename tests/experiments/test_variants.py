@@ -9,7 +9,6 @@ from codalib.experiments.variants import (
     baseline_rows,
     baseline_tokenizers,
     pixel_error,
-    steps_to_reach,
     table_4_rows,
     tokenizer_variants,
     variant_row,
@@ -70,18 +69,6 @@ def test_baselines_have_a_quantizer_of_their_own_and_the_same_decoder_adapters()
     assert [own.build_quantizer(16).num_tokens for own in found.values()] == [69, 69, 64, 64, 192, 192]
     with pytest.raises(ValueError, match="expected baselines of rvq, rotation"):
         baseline_tokenizers(settings, ["pq"], levels=3, longer=6)
-
-
-def test_a_budget_is_the_steps_to_the_others_end():
-    def curve(method, seed, points):
-        return [{"method": method, "seed": seed, "steps": step, "val_psnr": value} for step, value in points]
-
-    fast = curve("fast", 0, [(5, 10.0), (10, 20.0)]) + curve("fast", 1, [(10, 30.0)])
-    slow = curve("slow", 0, [(20, 15.0), (40, 25.0), (60, 19.0)])
-    assert steps_to_reach(fast + slow, "slow", "fast") == ([3.0], True)  # at 30 steps, between 20 and 40
-    never = slow + curve("slow", 1, [(20, 15.0), (70, 29.0)])
-    assert steps_to_reach(fast + never, "slow", "fast") == ([3.0, 7.0], False)
-    assert steps_to_reach(fast, "slow", "fast") == ([], True)
 
 
 def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeypatch):
