@@ -10,6 +10,7 @@
 #   make faults [KILLS=20]       kill -9, full disks and damage at every stage, hours: reports/faults/README.md
 #   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
 #   make rehearse PROFILE=NAME       two steps of a profile's training with random weights: memory, work, hours on a GPU
+#   make docs                        the API reference, from the docstrings: docs/api/index.html
 #   make notebooks                   run each as it is and keep the outputs of its checked cells, to be committed
 #   make clean                       remove the environment and everything under runs/ (trained weights too)
 #   make setup [LATEST=1]            the environment alone: the versions of requirements.lock, or the newest
@@ -29,11 +30,15 @@ ONLY ?=
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse notebooks clean
+.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse docs notebooks clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock
+	@if [ "$$(uname)" != Linux ]; then echo "The environment in $(VENV): 0.6 GB to download."; \
+	elif [ -n "$(TORCH_INDEX)" ]; then echo "The environment in $(VENV): about 1 GB to download, below 3 GB on disk."; \
+	else echo "The environment in $(VENV): 3.6 GB to download, 6.6 GB on disk."; \
+	    command -v nvidia-smi > /dev/null || echo "No NVIDIA GPU is seen: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares 2.5 GB."; fi
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LATEST),,--constraint requirements.lock) \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test]"
@@ -89,6 +94,9 @@ fetch: $(STAMP)
 
 rehearse: $(STAMP)
 	$(BIN)/codalib rehearse --profile $(PROFILE)
+
+docs: $(STAMP)
+	$(BIN)/python docs/build_api.py
 
 notebooks: $(STAMP)
 	set -e; for notebook in notebooks/*.ipynb; do $(BIN)/codalib run $$notebook --keep-checked; done

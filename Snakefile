@@ -27,6 +27,7 @@ ORDER = [
     "01_fit_quantizers",
     "01_quantizer_factorial",
     "01_adapted_factorial",
+    "01_training_budget",
     "01_train_tokenizer",
     "01_train_baselines",
     "01_train_variants",

@@ -4,6 +4,7 @@ Skipped, with the reason, where no Chromium is installed; `.ci/run` installs Deb
 folder that receives pictures of the widgets, for the README.
 """
 
+import io
 import json
 import os
 import re
@@ -17,7 +18,16 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from PIL import Image
+
+from codalib.reporting import pages
+from codalib.reporting.figures import data_uri
+from codalib.reporting.levels import level_slider
+from codalib.reporting.tables import html_table
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(
@@ -27,6 +37,7 @@ START_SECONDS = 90  # JupyterLab's first start on a busy machine
 RUN_SECONDS = 300  # all cells of explore.ipynb on a busy machine; alone they take half a minute
 REACTION_SECONDS = 20  # the same of one reaction, which takes a tenth of a second
 TOKEN = "codalib-test"
+PLAIN = data_uri(Image.new("RGB", (20, 20), "red"))
 # What Lab itself writes to the console without a fault: extensions that look for servers that are not there.
 HARMLESS = re.compile(r"favicon|Failed to load resource.*(404|403)|deprecat|source ?map|ResizeObserver", re.IGNORECASE)
 
@@ -110,6 +121,20 @@ def page(lab, browser):
         for label in ("levels", "level", "guidance", "kept levels"):
             view = page.locator(".jp-OutputArea-output", has=slider(page, label)).first
             view.screenshot(path=f"{folder}/explore-{label.replace(' ', '-')}.png")
+
+
+@pytest.fixture
+def figure(browser, tmp_path):
+    """A page's figure with a level slider, of a white image and of one that darkens level by level."""
+    white = torch.ones(2, 3, 16, 16)
+    more = level_slider(white, {"a": [white - level for level in (0.5, 1.0, 2.0)], "b": [white - 0.2]}, (1, 2, 4))
+    path = tmp_path / "page.html"
+    path.write_text(pages.page("A page", f'<figure><img id="plain" src="{PLAIN}" alt="plain">{more}</figure>'))
+    page = open_page(browser, 390)
+    page.goto(path.as_uri())
+    yield page
+    assert not page.said
+    page.close()
 
 
 def slider(page, label):
@@ -200,12 +225,76 @@ def test_the_console_has_no_error(page):
     )
 
 
+def colours(page):
+    """The pixels (left, right) at a quarter and at three quarters of the first picture, as one sees them."""
+    shot = np.asarray(Image.open(io.BytesIO(page.locator(".stage").screenshot())).convert("L"))
+    return [int(shot[shot.shape[0] // 2, shot.shape[1] * place // 8]) for place in (1, 3)]
+
+
+def test_a_pages_levels_move_by_keyboard_and_its_wipe_by_mouse(figure):
+    level, wipe = figure.get_by_label("Levels"), figure.get_by_label("Wipe")
+    assert "Right of it: b, " in figure.locator("output").inner_text()
+    figure.get_by_label("Right").select_option("a")
+    assert colours(figure) == [255, 0]  # the image, three levels
+    level.press("ArrowLeft")
+    assert "2 of 3 levels, 5 tokens an image" in figure.locator("output").inner_text()
+    assert level.get_attribute("aria-valuetext") == "2 of 3 levels"
+    assert colours(figure) == [255, 128]
+    wipe.press("End")
+    assert colours(figure) == [255, 255]
+    box = figure.locator(".stage").bounding_box()
+    figure.mouse.click(box["x"] + 0.05 * box["width"], box["y"] + 0.5 * box["height"])  # a tenth of the first picture
+    assert wipe.input_value() == "10"
+    assert colours(figure) == [128, 128]
+    figure.get_by_label("Left").select_option("a")
+    assert "Left of the line: a, 2 of 3" in figure.locator("output").inner_text()
+    assert figure.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_page_without_scripts_shows_the_plain_picture_alone(figure, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(figure.url)
+    assert page.locator("#plain").is_visible()
+    assert not page.locator(".levels").is_visible()
+    context.close()
+
+
+def test_a_pages_table_filters_and_sorts_by_keyboard(browser, tmp_path):
+    rows = [(claim, method, seed) for claim in ("error", "codes") for method in ("VQ", "CODA") for seed in (1, 2, 11)]
+    table = html_table(pd.DataFrame(rows, columns=["Claim", "Method", "Seed"]))
+    (tmp_path / "page.html").write_text(pages.page("A page", table + html_table(pd.DataFrame({"Short": [1, 2]}))))
+    page = open_page(browser, 390)
+    page.goto((tmp_path / "page.html").as_uri())
+
+    def seen():
+        rows = page.locator("table").first.locator("tbody tr:visible").all_inner_texts()
+        return [tuple(row.split("\t")) for row in rows]
+
+    field = page.get_by_label("Filter rows")
+    assert field.count() == 1  # the short table has none
+    field.fill("coda seed:1")
+    assert seen() == [("error", "CODA", "1"), ("codes", "CODA", "1")]
+    assert page.get_by_role("status").inner_text() == "2 of 12 rows"
+    page.get_by_role("button", name="Claim").press("Enter")
+    assert seen() == [("codes", "CODA", "1"), ("error", "CODA", "1")]
+    field.fill("claim:error method:vq")
+    page.get_by_role("button", name="Seed").press("Enter")
+    page.get_by_role("button", name="Seed").press("Enter")
+    assert [row[2] for row in seen()] == ["11", "2", "1"]  # as numbers, downwards
+    field.fill("")
+    assert len(seen()) == 12
+    assert not page.said
+    page.close()
+
+
 @pytest.mark.parametrize("width", [390, 1280])  # a phone, a desktop
 def test_the_committed_pages_are_whole_and_fit_the_window(browser, width):
-    pages = sorted((ROOT / "reports").rglob("*.html"))
-    assert pages
+    committed = sorted((ROOT / "reports").rglob("*.html"))
+    assert committed
     page = open_page(browser, width)
-    for path in pages:
+    for path in committed:
+        assert path.stat().st_size < 5e6, path
         page.goto(path.as_uri())
         needed, broken, text = page.evaluate(
             "[document.documentElement.scrollWidth, [...document.images].filter(i => !i.naturalWidth).length, "

@@ -159,7 +159,7 @@ def test_evaluation(waits, tokenizer, images, tmp_path):
     settings = EvaluationSettings("emoji", 64, 4, frechet_resolution=64)
     evaluate_models(settings, {"vae": str(tmp_path / "vae")}, {"coda": str(tmp_path / "tokenizer")}, tmp_path)
     rows = [read_json(file)["row"] for file in (tmp_path / "measured").iterdir()]
-    assert all({"psnr", "fd_effnet", "perceptual_effnet"} <= row.keys() for row in rows)
+    assert all({"psnr", "fd_effnet@64", "perceptual_effnet"} <= row.keys() for row in rows)
     own = CodaTokenizer.from_pretrained(tmp_path / "tokenizer").to(DEVICE)
     metrics = [ReconstructionMetrics(None, None, frechet=None) for _ in SCALES]
     assert len(evaluate_levels(own, images[1], metrics)) == len(SCALES)

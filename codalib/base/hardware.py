@@ -25,13 +25,15 @@ SLOW, SLOW_STEPS = 3.0, 3  # times the fastest step, and so many such steps in a
 
 def machine() -> dict[str, Any]:
     """The processor's name, usable cores, memory in bytes and, where torch is loaded, the GPU's name (None: there is
-    none) and whether the machine multiplies bfloat16, which the precision "auto" of the training stages then takes."""
+    none) and whether the machine multiplies bfloat16, which the precision "auto" of the training stages then takes.
+    With a GPU also which float32 operations are done in TF32, see `set_up_gpu`."""
     lines = _cpuinfo().splitlines()
     processor = platform.processor() or platform.machine()
     processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = {"processor": processor, "cores": usable_cores(), "memory_bytes": memory, "gpu": _gpu("get_device_name")}
-    return found | {"bfloat16": has_bfloat16() if "torch" in sys.modules else None}
+    found |= {"bfloat16": has_bfloat16() if "torch" in sys.modules else None}
+    return found | ({"tf32": _tf32()} if found["gpu"] else {})
 
 
 def _cpuinfo() -> str:
@@ -40,10 +42,31 @@ def _cpuinfo() -> str:
 
 
 def compute_device() -> str:
-    """Where a notebook computes: "cuda" where torch sees a GPU, else "cpu"."""
+    """Where a notebook computes: "cuda" where torch sees a GPU, which is then set up, else "cpu"."""
+    return "cuda" if set_up_gpu() else "cpu"
+
+
+def set_up_gpu() -> bool:
+    """Whether torch sees a GPU; how it then computes in float32, and that convolutions take the fastest algorithm.
+
+    Float32 convolutions are done in TF32, as torch does by default and so the release; float32 matrix products are not:
+    a code is chosen by logits that differ by less than TF32's 10 bits. Elsewhere speed comes of bfloat16.
+    """
     import torch  # here alone: what reads results needs no torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return False
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    return True
+
+
+def _tf32() -> dict[str, bool]:
+    import torch  # here alone, as above
+
+    products = torch.get_float32_matmul_precision() != "highest"
+    return {"matrix products": products, "convolutions": torch.backends.cudnn.allow_tf32}
 
 
 def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
@@ -73,6 +96,21 @@ def peak_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# Of each process that this one has launched, by its rank, the `peaks` at its end, the largest of all launches.
+RANK_PEAKS: dict[int, dict[str, int | None]] = {}
+
+
+def peaks() -> dict[str, int | None]:
+    """The largest memory of this process so far in bytes, resident and, of torch's tensors, of its GPU (None: none)."""
+    return {"peak_memory_bytes": peak_memory(), "peak_gpu_memory_bytes": _gpu("max_memory_allocated")}
+
+
+def note_peaks(rank: int, found: dict[str, int | None]) -> None:
+    """Remember the peaks of a launched process beside those of the same rank before."""
+    before = RANK_PEAKS.get(rank, found)
+    RANK_PEAKS[rank] = {name: max(value or 0, before[name] or 0) or None for name, value in found.items()}
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

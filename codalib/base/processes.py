@@ -13,6 +13,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +27,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
-from codalib.base.files import atomic_write
+from codalib.base.files import atomic_write, read_json, write_json
+from codalib.base.hardware import note_peaks, peaks, set_up_gpu
 from codalib.base.paths import runs_folder
 from codalib.base.team import TEAM, Place, Team, TeamError, check_environment, check_processes
 
@@ -71,10 +73,13 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = Place("127.0.0.1", probe.getsockname()[1], "0", 0, 0, processes, processes, serves=True)
-    context = _start(processes, function, _portable(arguments), place)
     try:
-        while not context.join():
-            pass
+        with tempfile.TemporaryDirectory() as folder:
+            context = _start(processes, function, _portable(arguments), place, Path(folder))
+            while not context.join():
+                pass
+            for rank in range(processes):
+                note_peaks(rank, read_json(Path(folder) / f"{rank}.json"))
     except ProcessException as error:
         raise TeamError(_reason(error, error.error_index, processes)) from error
 
@@ -85,14 +90,17 @@ def _portable(arguments: tuple) -> tuple:
 
 
 def _start(
-    processes: int, function: Callable[..., None], arguments: tuple, place: Place, number: int = 0
+    processes: int, function: Callable[..., None], arguments: tuple, place: Place, folder: Path, number: int = 0
 ) -> torch.multiprocessing.ProcessContext:
-    """Start PROCESSES of this machine, the first at PLACE; NUMBER is that of a team's call."""
-    settings = function, arguments, place, number
+    """Start PROCESSES of this machine, the first at PLACE; NUMBER is that of a team's call.
+
+    FOLDER receives what each process says at its end, its `peaks`.
+    """
+    settings = function, arguments, place, folder, number
     return torch.multiprocessing.start_processes(_work, settings, nprocs=processes, join=False, start_method="spawn")
 
 
-def _work(index: int, function: Callable[..., None], arguments: tuple, place: Place, number: int) -> None:
+def _work(index: int, function: Callable[..., None], arguments: tuple, place: Place, folder: Path, number: int) -> None:
     rank, local_rank = place.rank + index, place.local_rank + index
     os.environ |= {
         "RANK": str(rank),
@@ -109,6 +117,7 @@ def _work(index: int, function: Callable[..., None], arguments: tuple, place: Pl
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))  # of the OMP_NUM_THREADS it inherits
     _join(store)
     function(*arguments)
+    write_json(folder / f"{rank}.json", peaks())
     # Not after an error: the others may wait in a collective, and taking the group apart would wait for them.
     torch.distributed.destroy_process_group()
 
@@ -172,7 +181,8 @@ def _hand_out(team: Team, function: Callable[..., None], arguments: tuple) -> No
     try:
         number = team.announce(json.dumps([str(file), hashlib.sha256(contents).hexdigest()]))
         _take_part(team, number, function, arguments)
-        team.wait_for_all(number)
+        for rank, found in enumerate(team.wait_for_all(number)):
+            note_peaks(rank, json.loads(found))
     finally:
         file.unlink(missing_ok=True)
 
@@ -218,25 +228,26 @@ def _read_call(team: Team, file: str, digest: str) -> tuple[Callable[..., None],
 
 def _take_part(team: Team, number: int, function: Callable[..., None], arguments: tuple) -> None:
     """FUNCTION as this rank, in a process of its own; TeamError where it fails here or elsewhere."""
-    context = _start(1, function, arguments, team.place, number)
-    try:
-        while not context.join(0.5):
-            team.check(number)
-    except ProcessException as error:
-        sentence = _reason(error, team.place.rank, team.place.size)
-        if any(words in sentence for words in LOST):  # another's end shows here first: what does it say itself?
-            sentence = team.failure(number, SETTLE) or (
-                f"{team.place} lost another process: a machine or a process ended without a word; start all again, "
-                "training goes on from its last checkpoint"
-            )
-        raise TeamError(team.fail(number, sentence)) from error
-    except TeamError as error:
-        team.fail(number, str(error))
-        raise
-    finally:
-        for process in context.processes:
-            process.kill()
-    team.done(number)
+    with tempfile.TemporaryDirectory() as folder:
+        context = _start(1, function, arguments, team.place, Path(folder), number)
+        try:
+            while not context.join(0.5):
+                team.check(number)
+            team.done(number, (Path(folder) / f"{team.place.rank}.json").read_text())
+        except ProcessException as error:
+            sentence = _reason(error, team.place.rank, team.place.size)
+            if any(words in sentence for words in LOST):  # another's end shows here first: what does it say itself?
+                sentence = team.failure(number, SETTLE) or (
+                    f"{team.place} lost another process: a machine or a process ended without a word; start all "
+                    "again, training goes on from its last checkpoint"
+                )
+            raise TeamError(team.fail(number, sentence)) from error
+        except TeamError as error:
+            team.fail(number, str(error))
+            raise
+        finally:
+            for process in context.processes:
+                process.kill()
 
 
 def synchronised(module: nn.Module) -> nn.Module:
@@ -249,6 +260,25 @@ def synchronised(module: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
+@torch.no_grad()
+def average_statistics(module: nn.Module) -> None:
+    """Have all processes carry on with the mean of their running batch statistics, where each has its own.
+
+    Called after every step they are one set, that of a checkpoint, so that a resumed run goes on as an uninterrupted
+    one. Those of SyncBatchNorm are one set already.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    statistics = [x for layer in layers for x in (layer.running_mean, layer.running_var)]
+    if statistics:
+        joined = torch.cat([x.flatten() for x in statistics])
+        torch.distributed.all_reduce(joined)
+        joined /= torch.distributed.get_world_size()
+        for own, mean in zip(statistics, joined.split([x.numel() for x in statistics]), strict=True):
+            own.copy_(mean.view_as(own))
+
+
 def make_accelerator() -> Accelerator:
     """This process's place among the others, and its device.
 
@@ -256,4 +286,4 @@ def make_accelerator() -> Accelerator:
     in float32, trains in bfloat16 and measures in float32: `autocast` is each loop's own.
     """
     check_environment()
-    return Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision="no", cpu=not set_up_gpu())

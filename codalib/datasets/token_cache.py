@@ -1,12 +1,16 @@
 """Token cache: a data set's images as a tokenizer's indices, encoded once, in shards, for the generator's training.
 
 A cache is a folder: `manifest.json` (which tokenizer, which data), `captions.json` (each image's), `codes.safetensors`
-(the codes' values) and `shards/NNNNN.safetensors`. A shard appears whole or not at all, and what is there is not
-encoded again: an interrupted stage goes on with the next shard, and processes share a data set by sharing its shards.
+(the codes' values) and, while it is made, `shards/NNNNN.safetensors`. A shard appears whole or not at all, and what is
+there is not encoded again: an interrupted stage goes on with the next shard, and processes share a data set by sharing
+its shards. Once all are there they become `columns/NAME.npy`, which every process maps into its memory instead of
+reading it: the system holds one copy for all. A cache of an earlier version, shards alone, is assembled when it is
+first opened.
 """
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from codalib.base.files import atomic_write, read_json, write_json
+from codalib.base.files import alone, atomic_folder, atomic_write, read_json, write_json
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE, sample_generators
 from codalib.datasets.images import (
@@ -35,7 +39,9 @@ from codalib.models.checkpoints import load_tokenizer
 from codalib.models.maskgit import MaskGIT
 from codalib.models.tokenizer import CodaTokenizer
 
-MANIFEST, CAPTIONS, CODES, SHARDS = "manifest.json", "captions.json", "codes.safetensors", "shards"
+MANIFEST, CAPTIONS, CODES = "manifest.json", "captions.json", "codes.safetensors"
+SHARDS, COLUMNS = "shards", "columns"
+NAMES = ("indices", "label", "image", "view")  # of the columns, in a shard and as files
 
 
 class CacheMismatch(ValueError):
@@ -128,7 +134,7 @@ def cache_tokens(
     }
     _begin(folder, manifest, tokenizer, dataset)
     rank, world_size = process
-    mine = range(rank, manifest["shards"], world_size)
+    mine = () if (folder / COLUMNS).exists() else range(rank, manifest["shards"], world_size)
     missing = [number for number in mine if not _shard(folder, number).exists()]
     unreadable = UnreadableCount(dataset, settings.views)
     for number in tqdm(missing, desc="tokens", disable=rank > 0, mininterval=2.0):
@@ -159,6 +165,9 @@ def cache_dataset(
     images = load_dataset(dataset, split, opened.resolution, random_crop, limit)
     share_content_digests(images)
     cache_tokens(opened, images, folder, settings, (accelerator.process_index, accelerator.num_processes))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        assemble(Path(folder))
     accelerator.wait_for_everyone()
 
 
@@ -217,10 +226,62 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / SHARDS / f"{number:05d}.safetensors"
 
 
-class TokenCache:
-    """A complete cache, read into memory in its small integer type; N images and views.
+def assemble(folder: Path) -> None:
+    """Make one file a column of a cache's shards, a shard at a time, and remove them; nothing where that is done.
 
-    Item access is by `batch`, training order by `batches`.
+    One process works, others that call it meanwhile wait. ValueError where shards are missing or broken; says which.
+    """
+    if not (folder / SHARDS).exists():
+        return
+    with alone(folder / ".assembling"):
+        if not (folder / COLUMNS).exists():
+            paths = [_shard(folder, number) for number in range(read_json(folder / MANIFEST)["shards"])]
+            if missing := [path.name for path in paths if not path.exists()]:
+                raise ValueError(
+                    f"{folder} lacks {len(missing)} of its {len(paths)} shards ({missing[0]}, ...): run its stage again"
+                )
+            _write_columns(paths, folder / COLUMNS)
+        shutil.rmtree(folder / SHARDS, ignore_errors=True)
+
+
+def _write_columns(shards: Sequence[Path], folder: Path) -> None:
+    rows = sum(_rows(path) for path in shards)
+    first = load_file(shards[0])
+    with atomic_folder(folder) as new:
+        columns = {
+            name: np.lib.format.open_memmap(new / f"{name}.npy", "w+", own.dtype, (rows, *own.shape[1:]))
+            for name, own in first.items()
+        }
+        start = 0
+        for path in tqdm(shards, desc="one file of the shards", delay=5, leave=False, mininterval=2.0):
+            part = load_file(path)
+            stop = start + len(part["label"])
+            for name, column in columns.items():
+                column[start:stop] = part[name]
+            start = stop
+        for column in columns.values():
+            column.flush()  # before the shards are removed
+
+
+def _mapped(column: Path) -> np.ndarray:
+    try:
+        return np.asarray(np.load(column, mmap_mode="r"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{column} cannot be read ({error}): remove its folder and run its stage again") from error
+
+
+def _rows(shard: Path) -> int:
+    try:
+        with safe_open(shard, "np") as file:
+            return file.get_slice("label").get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{shard} cannot be read ({error}): remove it and run its stage again") from error
+
+
+class TokenCache:
+    """A complete cache, mapped from its files in its small integer type; N images and views.
+
+    Item access is by `batch`, training order by `batches`; only the rows that a batch asks for are copied.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], columns: dict[str, np.ndarray]):
@@ -231,7 +292,7 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer_hash: str | None = None) -> "TokenCache":
-        """Read a cache.
+        """Map a cache, whose shards become one file a column at its first opening.
 
         Raises:
             CacheMismatch: it was made by another tokenizer than that of `tokenizer_hash`.
@@ -248,19 +309,8 @@ class TokenCache:
                 f"the tokens of {folder} were made by the tokenizer {manifest['tokenizer']}, expected "
                 f"{tokenizer_hash}: encode the data again with this tokenizer, into another folder"
             )
-        paths = [_shard(folder, number) for number in range(manifest["shards"])]
-        if missing := [path.name for path in paths if not path.exists()]:
-            raise ValueError(
-                f"{folder} lacks {len(missing)} of its {len(paths)} shards ({missing[0]}, ...): run its stage again"
-            )
-        parts = []
-        for path in paths:
-            try:
-                parts.append(load_file(path))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read ({error}): remove it and run its stage again") from error
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return cls(folder, manifest, columns)
+        assemble(folder)
+        return cls(folder, manifest, {name: _mapped(folder / COLUMNS / f"{name}.npy") for name in NAMES})
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -1,7 +1,7 @@
 """Metrics of generated images: Frechet distance, precision and recall, the class asked for, copies of training images.
 
-Every number comes from the pooled features of one network, "fid" from Inception and "fd_effnet" from EfficientNet; the
-class is predicted, and copies are looked for, in EfficientNet's.
+Every number comes from the pooled features of one network, "fid" and "kid" from Inception, "fd_effnet@SIDE" and
+"kd_effnet@SIDE" from EfficientNet; the class is predicted, and copies are looked for, in EfficientNet's.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-from codalib.evaluation.metrics import COVARIANCE_IMAGES, FrechetDistance, frechet_distance, precision_recall
+from codalib.evaluation.metrics import (
+    COVARIANCE_IMAGES,
+    FrechetDistance,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 
 COPY_QUANTILE = 0.01  # a sample is a copy if it is nearer to a training image than this fraction of validation images
 # Of the probe's least squares, times the features' mean variance. With it the probe is right for 81 % of the emoji's
@@ -87,6 +93,7 @@ class Reference:
         values, left_out = {}, self._left_out(len(features))
         if self.distance.name not in left_out:
             values[self.distance.name] = frechet_distance(*moments(self.features), *moments(features))
+            values[self.distance.kernel_name] = kernel_distance(self.features, features)
         if "precision" not in left_out:
             values["precision"], values["recall"] = precision_recall(self.features, features, self.neighbours)
         if self.distance.name == "fid":
@@ -112,6 +119,7 @@ class Reference:
         reference = f"{len(self.features):,} {self.images}, centre crop"
         texts = {
             self.distance.name: f"{network}; {samples:,} samples against {reference}; rounded to 8 bits",
+            self.distance.kernel_name: "the kernel distance (KID) of the same features, over all pairs, unbiased",
             "precision": f"fraction of samples within {self.neighbours} neighbours' distance of {reference}",
             "recall": f"fraction of {reference} within {self.neighbours} neighbours' distance of a sample",
         }
@@ -132,5 +140,6 @@ class Reference:
     def _left_out(self, samples: int) -> dict[str, str]:
         """The metrics that take more images than there are, and why they are left out."""
         images = min(samples, len(self.features))
-        needed = {self.distance.name: COVARIANCE_IMAGES} | dict.fromkeys(("precision", "recall"), self.neighbours + 1)
+        needed = dict.fromkeys((self.distance.name, self.distance.kernel_name), COVARIANCE_IMAGES)
+        needed |= dict.fromkeys(("precision", "recall"), self.neighbours + 1)
         return {name: f"left out: it takes {n} images, got {images}" for name, n in needed.items() if images < n}

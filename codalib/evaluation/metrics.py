@@ -6,6 +6,8 @@ the protocol of each number. A Frechet or perceptual distance on another network
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,9 +196,9 @@ class _PooledFeatures(nn.Module):
 class FrechetDistance(FrechetInceptionDistance):
     """Frechet distance of Gaussians fitted to pooled features: torchmetrics's, on a named extractor.
 
-    `name` is "fid" with the paper's Inception, "fd_effnet" with EfficientNet-Lite0; the two are not comparable. Call
-    `update(images, real=...)` with images (B, 3, h, w) in [-1, 1]; they are rounded to 8 bits first (the release reads
-    unrounded floats).
+    `name` is "fid" with the paper's Inception, "fd_effnet@SIDE" with EfficientNet-Lite0 that sees images of so many
+    pixels; no two names are comparable. Call `update(images, real=...)` with images (B, 3, h, w) in [-1, 1]; they are
+    rounded to 8 bits first (the release reads unrounded floats).
 
     Args:
         extractor: an `InceptionFID` or an `EfficientNetLite0`.
@@ -207,8 +209,10 @@ class FrechetDistance(FrechetInceptionDistance):
         if not isinstance(extractor, InceptionFID | EfficientNetLite0):
             raise TypeError(f"got an extractor {type(extractor).__name__}, expected InceptionFID or EfficientNetLite0")
         super().__init__(feature=_PooledFeatures(extractor, resolution))
-        self.name = "fid" if isinstance(extractor, InceptionFID) else "fd_effnet"
-        self.extractor_side = 299 if isinstance(extractor, InceptionFID) else resolution
+        inception = isinstance(extractor, InceptionFID)
+        self.extractor_side = 299 if inception else resolution
+        self.name = "fid" if inception else f"fd_effnet@{resolution}"
+        self.kernel_name = "kid" if inception else f"kd_effnet@{resolution}"  # of `kernel_distance` on the features
 
     def with_same_reference(self) -> "FrechetDistance":
         """A new distance with the same network and the real images seen so far, so that they are not read again."""
@@ -216,6 +220,11 @@ class FrechetDistance(FrechetInceptionDistance):
         for state in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
             setattr(twin, state, getattr(self, state).clone())
         return twin
+
+
+def frechet_column(row: Mapping[str, Any]) -> str | None:
+    """Which of a row's columns is a Frechet distance, the first of them; None where there is none."""
+    return next((name for name in row if name in ("rfid", "fid") or name.startswith("fd_effnet@")), None)
 
 
 def build_frechet(name: str | None, resolution: int = 224) -> FrechetDistance | None:
@@ -318,7 +327,7 @@ class ReconstructionMetrics(nn.Module):
         """The metrics by name, over all processes; those that were given nothing are left out, or too few images.
 
         `psnr` (dB), `ssim`, the perceptual distance's name, `quantization_error`, `utilization`, `perplexity` and both
-        `_level_1`, ..., and `rfid` or `fd_effnet`.
+        `_level_1`, ..., and `rfid` or `fd_effnet@SIDE`.
         """
         if not self.psnr.update_called:
             raise RuntimeError("no image was measured: call update before compute")

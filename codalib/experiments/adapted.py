@@ -9,7 +9,7 @@ scored on the validation images, image by image.
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from codalib.evaluation.reconstruction import image_scores
 from codalib.experiments.bracketing import bracket
 from codalib.experiments.paper import USED
 from codalib.experiments.statistics import claim_verdict
-from codalib.experiments.trials import Compared, TrialFolder, data_digest
+from codalib.experiments.trials import Compared, TrialFolder, data_digest, words
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.losses import weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import PerceptualDistance
 from codalib.training.quantizer import fit_quantizer
-from codalib.training.settings import QuantizerSettings, TokenizerSettings
+from codalib.training.settings import SCRATCH, QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import train_tokenizer
 from codalib.training.trainer import read_log
 
@@ -45,6 +45,7 @@ CELLS = {  # name -> kind of quantizer, adapted part of the VAE
     "attention, decoder adapted": ("attention", "decoder"),
     "attention, both adapted": ("attention", "both"),
 }
+EVERY_CELL = CELLS | {"nearest, from scratch": ("nearest", SCRATCH)}  # that a trial can be of
 DOUBLED = ("nearest, both adapted", "attention, both adapted")
 CURVE_IMAGES = 64  # of the choosing images, in the validations during training
 
@@ -71,8 +72,8 @@ class AdaptedData:
 
     @cached_property
     def digest(self) -> str:
-        networks = [getattr(network, "name", None) for network in (self.perceptual, self.distance)]
-        settings = PROTOCOL, self.train.resolution, *networks, self.distance.extractor_side
+        perceptual, network = getattr(self.perceptual, "name", None), self.distance.name.partition("@")[0]
+        settings = PROTOCOL, self.train.resolution, perceptual, network, self.distance.extractor_side
         return data_digest(self.vae, (self.train, self.choose, self.test), *settings)
 
     @cached_property
@@ -93,8 +94,9 @@ class AdaptedData:
 
     def distances(self, features: Tensor) -> dict[str, float]:
         """The Frechet and the kernel distance of features (N, D) to the test images', under names that say how."""
-        inception, side = self.distance.name == "fid", self.distance.extractor_side
-        frechet, kernel = ("rfid", "rkid") if inception else (f"fd_effnet@{side}", f"kd_effnet@{side}")
+        frechet, kernel = self.distance.name, self.distance.kernel_name
+        if frechet == "fid":
+            frechet, kernel = "rfid", "rkid"
         return {
             frechet: frechet_distance(*moments(self.real), *moments(features)),
             kernel: kernel_distance(self.real, features),
@@ -160,7 +162,33 @@ class AdaptedTrials:
 
     def trial(self, cell: str, rate: float, seed: int, longer: int = 1) -> dict[str, Any]:
         """The result of one trial, from its file or trained now."""
-        kind, adapters = CELLS[cell]
+        (kind, adapters), (own, fit) = EVERY_CELL[cell], self.settings_of(cell, rate, seed, longer)
+
+        def make(name: str) -> dict[str, Any]:
+            settings = {"settings": own.deciding(), "fit": fit.deciding()}
+            return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
+
+        inputs = [PROTOCOL, self.data.digest, own.deciding(), fit.deciding()]
+        return self.trials.once(self._name(cell, own), inputs, make)
+
+    def tokenizer(self, cell: str, rate: float, seed: int) -> Path:
+        """The folder of a trial's tokenizer, trained again where only its numbers were kept."""
+        self.trial(cell, rate, seed)
+        own, fit = self.settings_of(cell, rate, seed)
+        folder = self.work / "tokenizers" / words(self._name(cell, own))
+        if not folder.exists():
+            self._train(own, fit, folder.name)
+        return folder
+
+    @staticmethod
+    def _name(cell: str, own: TokenizerSettings) -> str:
+        return f"{cell} rate {own.learning_rate:g} steps {own.steps} seed {own.seed}"
+
+    def settings_of(
+        self, cell: str, rate: float, seed: int, longer: int = 1
+    ) -> tuple[TokenizerSettings, QuantizerSettings]:
+        """What a trial is trained with, on images and before on latents."""
+        kind, adapters = EVERY_CELL[cell]
         fit = replace(self.fits[kind], seed=seed)
         own = replace(
             self.settings,
@@ -171,26 +199,23 @@ class AdaptedTrials:
             entropy_weight=self.settings.quantization_weight * fit.entropy_weight,
             seed=seed,
         )
-
-        def make(name: str) -> dict[str, Any]:
-            settings = {"settings": asdict(own), "fit": asdict(fit)}
-            return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
-
-        name = f"{cell} rate {rate:g} steps {own.steps} seed {seed}"
-        return self.trials.once(name, [PROTOCOL, self.data.digest, asdict(own), asdict(fit)], make)
+        return own, fit
 
     def _train(self, own: TokenizerSettings, fit: QuantizerSettings, name: str) -> dict[str, Any]:
         data, folder = self.data, self.work / name
         curve_images = data.choose.subset(list(range(min(CURVE_IMAGES, len(data.choose)))))
         started = time.monotonic()
         try:
-            start = fit_quantizer(fit, data.latents, self.work / f"fit-{fit.kind}-{fit.seed}")
+            start = None  # from scratch there are no latents to start on
+            if own.adapters != SCRATCH:
+                start = fit_quantizer(fit, data.latents, self.work / f"fit-{fit.kind}-{fit.seed}")
             tokenizer = train_tokenizer(own, data.vae, data.train, curve_images, folder, start)
         except NonFiniteLoss as error:
             shutil.rmtree(folder, ignore_errors=True)
             return {"choose": {}, "failed": str(error)}
         seconds = round(time.monotonic() - started, 1)
-        tokenizer.save_pretrained(self.work / "tokenizers" / name, base=self.base)
+        base = None if own.adapters == SCRATCH else self.base
+        tokenizer.save_pretrained(self.work / "tokenizers" / name, base=base)
         curve = [{"step": row["step"], "psnr": row["val_psnr"]} for row in read_log(folder) if "val_psnr" in row]
         found = {"choose": self._choose(tokenizer), **self._judge(tokenizer), "curve": curve, "seconds": seconds}
         shutil.rmtree(folder, ignore_errors=True)

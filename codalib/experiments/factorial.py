@@ -10,7 +10,7 @@ factorial goes on.
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,11 @@ class Factorial:
         )
 
         def make(name: str) -> dict[str, Any]:
-            return {"method": method, "grid": grid, **self._fit(own, name, decoded), "settings": asdict(own)}
+            return {"method": method, "grid": grid, **self._fit(own, name, decoded), "settings": own.deciding()}
 
         return self.trials.once(
             f"{grid} {method} rate {rate:g} entropy {weight:g} seed {seed}",
-            [PROTOCOL, self.data.digest, asdict(own), self.scored],
+            [PROTOCOL, self.data.digest, own.deciding(), self.scored],
             make,
             lambda found: not decoded or "test" not in found or "test_psnr" in found,
         )

@@ -16,6 +16,7 @@ COLUMNS = {
     "ssim": ("SSIM", +1),
     "utilization": ("Utilization", +1),
     "fid": ("FID", -1),
+    "kid": ("KID", -1),
     "lpips": ("LPIPS", -1),
     "perplexity": ("Perplexity", +1),
     "fd_effnet": ("FD-EfficientNet", -1),
@@ -38,6 +39,8 @@ SMALLEST_GAINS = {
     "rfid": 0.02,  # relative, as all Fréchet distances
     "fid": 0.02,
     "fd_effnet": 0.02,
+    "kid": 0.02,
+    "kd_effnet": 0.02,
     "psnr": 0.1,  # dB
     "ssim": 0.005,
     "utilization": 0.05,  # of all codes
@@ -51,12 +54,19 @@ USED = 0.95  # "every code": this fraction of them
 SIX_TIMES = 5.5  # "six times fewer": more than this, which rounds to six
 
 
-def gain(metric: str, before: float, after: float) -> float:
-    """How much better AFTER is than BEFORE: the relative fall of errors and distances, else the difference.
+def title_and_direction(column: str) -> tuple[str, int]:
+    """What readers call a measured column, and whether larger (+1) or smaller (-1) is better, 0 where neither is.
 
-    What follows an @ in METRIC, the side in pixels that a network sees, plays no part.
+    What follows an @ is the side in pixels of the images that a network sees.
     """
-    if COLUMNS[metric.partition("@")[0]][1] < 0:
+    name, at, side = column.partition("@")
+    title, direction = COLUMNS.get(name, (name.replace("_", " ").capitalize(), 0))
+    return title + (at and f" at {side} px"), direction
+
+
+def gain(metric: str, before: float, after: float) -> float:
+    """How much better AFTER is than BEFORE: the relative fall of errors and distances, else the difference."""
+    if title_and_direction(metric)[1] < 0:
         return 1 - after / before
     return after - before
 

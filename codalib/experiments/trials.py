@@ -21,6 +21,11 @@ from codalib.models.vae import ContinuousVAE
 log = logging.getLogger(__name__)
 
 
+def words(name: str) -> str:
+    """A trial's name as a file's."""
+    return re.sub(r"[^a-z0-9.]+", "-", name)
+
+
 @dataclass(frozen=True)
 class TrialFolder:
     """Where an experiment's results lie, and what each file says of the run: commit, machine, versions."""
@@ -42,11 +47,10 @@ class TrialFolder:
             inputs: all that decides the result, as JSON can write it.
             whole: whether a result that was found has all that is asked for; else it is made again.
         """
-        words = re.sub(r"[^a-z0-9.]+", "-", name)
         key = hashlib.sha256(json.dumps(list(inputs)).encode()).hexdigest()[:8]
-        file = self.results / f"{words}-{key}.json"
+        file = self.results / f"{words(name)}-{key}.json"
         if not (file.exists() and whole(read_json(file))):
-            write_json(file, make(words) | dict(self.provenance))
+            write_json(file, make(words(name)) | dict(self.provenance))
             log.info("%s: finished", name)
         return read_json(file)
 

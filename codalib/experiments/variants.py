@@ -9,9 +9,12 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from codalib.base.hardware import compute_device
 from codalib.base.processes import launch
 from codalib.datasets.images import ImageDataset
-from codalib.experiments.sweeps import BEST, GENERATORS, PAPER, VARIANTS, read_rows, sweep, write_rows
+from codalib.evaluation.reconstruction import image_scores
+from codalib.experiments.sweeps import BEST, PAPER, read_rows, sweep, write_rows
+from codalib.models.checkpoints import load_tokenizer
 from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer
@@ -77,11 +80,13 @@ def baseline_tokenizers(
 class TokenizerTrials:
     """Trains the tokenizers that are compared: of one VAE, on the same images, each after the same start on latents.
 
-    What an interrupted run has finished is not trained again.
+    The learning rate is chosen by the error of the pixels of images on which nothing is trained and no verdict looks;
+    of several, the best is bracketed. What an interrupted run has finished is not trained again.
     """
 
     vae: str  # as `load_vae` takes it
     train: ImageDataset
+    choose: ImageDataset
     val: ImageDataset
     folder: Path  # of the run
     fit: FitSettings
@@ -91,14 +96,14 @@ class TokenizerTrials:
     def variants(
         self, variants: Mapping[str, TokenizerSettings], learning_rates: Sequence[float], seeds: Sequence[int]
     ) -> list[dict[str, Any]]:
-        """The rows of `sweep` for each of `tokenizer_variants`, written as `VARIANTS` too."""
+        """The rows of `sweep` for each of `tokenizer_variants`, written as `sweeps.VARIANTS` too."""
 
         def train(name: str, settings: TokenizerSettings, rate: float, seed: int) -> dict[str, Any]:
             own = replace(settings, learning_rate=rate, seed=seed)
             start = f"{own.codebook_size}-{own.norm}-seed-{seed}"
             place, log = self._train(name, own, start, max(1, self.fit.fit_steps // 20))
             scores = {key.removeprefix("val_"): value for key, value in log[-1].items() if key.startswith("val_")}
-            cost = {"seconds": log[-1]["seconds"], "train_error": pixel_error(log, own)}
+            cost = {"seconds": log[-1]["seconds"], "choose_error": self.choose_error(place, own)}
             return variant_row(name, own, place) | cost | scores
 
         return self._sweeps(train, variants, learning_rates, seeds, papers=variants)
@@ -110,7 +115,7 @@ class TokenizerTrials:
         seeds: Sequence[int],
         operations: Mapping[str, int],
     ) -> list[dict[str, Any]]:
-        """The rows of `sweep` for each of `baseline_tokenizers`, written as `VARIANTS` too.
+        """The rows of `sweep` for each of `baseline_tokenizers`, written as `sweeps.VARIANTS` too.
 
         `operations` are those of one image's training, by method.
         """
@@ -123,7 +128,7 @@ class TokenizerTrials:
                 "seconds": log[-1]["seconds"],
                 "tokens": sum(p * p for p in own.scales),
                 "operations_a_step": own.batch_size * own.accumulation * self.processes * operations[name],
-                "train_error": pixel_error(log, own),
+                "choose_error": self.choose_error(place, own),
                 "val_psnr": log[-1]["val_psnr"],
             }
 
@@ -142,6 +147,13 @@ class TokenizerTrials:
         launch(train_and_save, self.processes, *arguments)
         return f"{place}/tokenizer", read_log(self.folder / place)
 
+    def choose_error(self, place: str, settings: TokenizerSettings) -> float:
+        """The weighted L1 and L2 of a tokenizer's pixels over the choosing images; infinite where it is not finite."""
+        tokenizer = load_tokenizer(self.folder / place).to(compute_device())
+        scores = image_scores(tokenizer, self.choose)[0]
+        error = settings.l1_weight * scores["l1"].mean() + settings.l2_weight * scores["l2"].mean()
+        return error.nan_to_num(float("inf")).item()
+
     def _sweeps(
         self,
         train: Callable[[str, TokenizerSettings, float, int], dict[str, Any]],
@@ -154,8 +166,9 @@ class TokenizerTrials:
         rows = []
         for name, own in methods.items():
             paper = TokenizerSettings.learning_rate if name in papers else None
-            rows += sweep(partial(train, name, own), learning_rates, seeds, "train_error", paper)
-        write_rows(rows, self.folder, VARIANTS)
+            several = len(learning_rates) > 1
+            rows += sweep(partial(train, name, own), learning_rates, seeds, "choose_error", paper, several)
+        write_rows(rows, self.folder)
         return rows
 
 
@@ -189,7 +202,7 @@ def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
         own |= {field: embedded.quantizer.config()[field] for field in ("codebook_size", "norm")}
         rows = [{"method": BASE, "settings": [BEST], "learning_rate": None, "seed": 0, "tokenizer": "emoji"} | own]
     else:
-        rows = _trained_tokenizers(folder)
+        rows = read_rows(folder)
     return [
         {"table": table, "method": _word(row[field]), "setting": setting}
         | {name: row[name] for name in ("learning_rate", "seed", "tokenizer")}
@@ -198,13 +211,6 @@ def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
         for row in rows
         if row["method"] in (BASE, _name(field, row[field])) and setting in row["settings"]
     ]
-
-
-def pixel_error(log: Sequence[dict[str, float]], settings: TokenizerSettings) -> float:
-    """The mean weighted L1 and L2 of the last tenth of a training log: what the trials of a method are chosen by."""
-    values = [settings.l1_weight * row["l1"] + settings.l2_weight * row["l2"] for row in log if "l1" in row]
-    last = values[-max(1, len(values) // 10) :]
-    return sum(last) / len(last)
 
 
 def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:
@@ -220,7 +226,7 @@ def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any
         quantizer = CodaTokenizer.from_pretrained("emoji").quantizer
         size = {"tokens": quantizer.num_tokens, "codebook_size": quantizer.codebook_size}
         return [{"method": "CODA", "seed": 0, "tokenizer": "emoji"} | size]
-    rows = [row for row in _trained_tokenizers(folder) if setting in row["settings"]]
+    rows = [row for row in read_rows(folder) if setting in row["settings"]]
     kept = ("method", "seed", "tokens", "codebook_size", "tokenizer", "learning_rate", "steps", "seconds")
     return [
         {name: row[name] for name in kept} | {"petaflop": row["operations_a_step"] * row["steps"] / PETA}
@@ -238,47 +244,8 @@ def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, A
     return [
         {"method": row["method"], "seed": row["seed"], "steps": line["step"], "val_psnr": line["val_psnr"]}
         | {"petaflop": row["operations_a_step"] * line["step"] / PETA}
-        for row in _trained_tokenizers(folder)
+        for row in read_rows(folder)
         if setting in row["settings"]
         for line in read_log(Path(row["tokenizer"]).parent)
         if "val_psnr" in line
     ]
-
-
-def steps_to_reach(curves: Sequence[dict[str, Any]], slow: str, fast: str) -> tuple[list[float], bool]:
-    """How many times the steps of FAST the method SLOW takes to the final PSNR of FAST, seed by seed.
-
-    The curve is straight between its points. Returns the ratios, and whether all were reached: where one was not, the
-    last step of SLOW stands for it, a lower bound.
-    """
-    ratios, reached = [], True
-    for seed in sorted({row["seed"] for row in curves}):
-        quick, long = (
-            sorted((row["steps"], row["val_psnr"]) for row in curves if (row["method"], row["seed"]) == (name, seed))
-            for name in (fast, slow)
-        )
-        if not quick or not long:
-            continue
-        wanted = quick[-1][1]
-        step = next((step for step, value in long if value >= wanted), None)
-        if step is None:
-            reached, step = False, long[-1][0]
-        else:
-            place = [at for at, _ in long].index(step)
-            if place:
-                (before, low), (after, high) = long[place - 1], long[place]
-                step = before + (after - before) * (wanted - low) / (high - low)
-        ratios.append(step / quick[-1][0])
-    return ratios, reached
-
-
-def generator_rows(folder: str) -> list[dict[str, Any]]:
-    """The MaskGITs that 02_compare_tokenizers trained on several tokenizers, the one that is compared first.
-
-    Rows of `sweep` with "method", "tokenizer" (as `models.checkpoints.find_model` takes it), "generator" (its path).
-    """
-    return read_rows(folder, GENERATORS, "02_compare_tokenizers")
-
-
-def _trained_tokenizers(folder: str) -> list[dict[str, Any]]:
-    return read_rows(folder, VARIANTS, "01_train_variants or 01_train_baselines")

@@ -1,7 +1,9 @@
 """MaskGIT's transformer block, and how its layers start."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 INITIAL_STD = 0.02
 MLP_RATIO = 4
@@ -11,12 +13,13 @@ class Block(nn.Module):
     """Pre-norm self-attention and MLP.
 
     Dropout falls on what the two add to the sequence. Unlike MaskGIT none falls on the attention's weights, which would
-    keep torch from its fused attention on a processor.
+    keep torch from its fused attention on a processor. Where `checkpointed`, the backward pass computes the block
+    again from its input, the same dropout included, instead of keeping what it computed.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
-        self.heads = heads
+        self.heads, self.checkpointed = heads, False
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp_in, self.mlp_out = nn.Linear(width, MLP_RATIO * width), nn.Linear(MLP_RATIO * width, width)
@@ -24,6 +27,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attended: Tensor | None) -> Tensor:
         """x (B, L, D); `attended` (B, 1, 1, L) bool, false for positions that nobody looks at, None: all are."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(self._mixed, x, attended, use_reentrant=False)
+        return self._mixed(x, attended)
+
+    def _mixed(self, x: Tensor, attended: Tensor | None) -> Tensor:
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)  # (B, heads, L, D / heads)
         x = x + self.dropout(self.project(mixed.transpose(1, 2).flatten(2)))

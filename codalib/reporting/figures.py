@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from codalib.base.files import atomic_write
-from codalib.experiments.paper import COLUMNS
+from codalib.experiments.paper import title_and_direction
 
 # Okabe and Ito's palette, which stays apart under the common colour blindnesses; one colour a method, everywhere.
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY = (
@@ -52,6 +52,7 @@ STYLE = {
 }
 DIRECTIONS = {1: "higher is better", -1: "lower is better", 0: ""}
 WIDTH = 6.4  # inches, of a whole column
+PHOTOGRAPHIC = 90  # WebP's quality of a figure of photographs
 SMOOTHING = 0.05  # fraction of the curve that one point of the running mean covers
 
 
@@ -194,7 +195,7 @@ def ablation_bars(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
                 axes.annotate(
                     _short(mean), (mean, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7
                 )
-        name, direction = COLUMNS.get(column, (column.replace("_", " "), 0))
+        name, direction = title_and_direction(column)
         axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
         axes.set_yticks(places, methods)
         axes.margins(x=0.25)
@@ -235,7 +236,7 @@ def sweep_lines(
             axes.plot(*zip(*points, strict=True), marker=marker, label=text or column.replace("_", " "), color=colour)
         for style, (name, values) in zip(("--", ":", "-.") * len(levels), levels.items(), strict=False):
             axes.axhline(values[column], linestyle=style, color="#555555", linewidth=1, label=name)
-        name, direction = COLUMNS.get(column, (column.replace("_", " "), 0))
+        name, direction = title_and_direction(column)
         axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
         axes.set(xlabel=x.replace("_", " "))
         if all(isinstance(row[x], int) for row in rows):
@@ -316,11 +317,20 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> dict[str, str]
     return files
 
 
-def show_figure(figure: Figure, folder: str | Path, name: str, caption: str, alt: str) -> dict[str, str]:
-    """Save a figure (`save_figure`) and show it (`show`); returns its entry among the results of a run."""
-    files = save_figure(figure, folder, name)
-    show(figure, caption, alt)
-    return files | {"caption": caption, "alt": alt}
+def show_figure(
+    figure: Figure, folder: str | Path, name: str, caption: str, alt: str, more: str = ""
+) -> dict[str, str]:
+    """Save a figure (`save_figure`) and show it (`show`); returns its entry among the results of a run.
+
+    MORE, HTML such as a `level_slider`, is shown below the picture and saved as NAME.html.
+    """
+    entry = save_figure(figure, folder, name) | {"caption": caption, "alt": alt}
+    if more:
+        entry["html"] = f"{name}.html"
+        with atomic_write(Path(folder) / entry["html"]) as file:
+            file.write(more)
+    show(figure, caption, alt, more)
+    return entry
 
 
 def save_animation(frames: Sequence[Figure], folder: str | Path, name: str, seconds: float = 0.8) -> dict[str, str]:
@@ -337,11 +347,23 @@ def save_animation(frames: Sequence[Figure], folder: str | Path, name: str, seco
     return {"gif": f"{name}.gif"}
 
 
-def show(figure: Figure, caption: str, alt: str) -> None:
-    """Show a figure in a notebook with its caption, plain text, and what stands for it where it is not seen."""
+def show(figure: Figure, caption: str, alt: str, more: str = "") -> None:
+    """Show a figure in a notebook with its caption, plain text, what it says where it is not seen, and MORE HTML."""
     picture = io.BytesIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(picture, format="png", metadata={"Software": "codalib"})
-    source = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode('ascii')}"
-    image, text = f'<img src="{source}" alt="{html.escape(alt)}">', f"<figcaption>{html.escape(caption)}</figcaption>"
-    display(HTML(f"<figure>{image}{text}</figure>"))
+        figure.savefig(picture, format="png")
+    image = f'<img src="{figure_uri(Image.open(picture))}" alt="{html.escape(alt)}">'
+    display(HTML(f"<figure>{image}{more}<figcaption>{html.escape(caption)}</figcaption></figure>"))
+
+
+def data_uri(picture: Image.Image, quality: int | None = None) -> str:
+    """A picture as an address that holds it: WebP of a QUALITY of 0 to 100, None: lossless."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "WEBP", **({"lossless": True} if quality is None else {"quality": quality}))
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def figure_uri(picture: Image.Image) -> str:
+    """A drawn figure as a `data_uri`: lossless, unless lossy takes less than half, as it does for photographs alone."""
+    exact, photograph = data_uri(picture), data_uri(picture, PHOTOGRAPHIC)
+    return photograph if len(photograph) < len(exact) / 2 else exact

@@ -3,7 +3,6 @@
 It reads only the `manifest.json` of each stage in `runs/PROFILE/` and the files that it names (see `runs.Run.finish`).
 """
 
-import base64
 import itertools
 import logging
 import shutil
@@ -14,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.paths import MANIFEST, project_folder, reports_folder, runs_folder
 from codalib.experiments.paper import CLAIMS, COLUMNS, PAPER, Claim
 from codalib.experiments.statistics import FAILS, HOLDS, NOT_TESTED, UNDECIDED, corrected
 from codalib.reporting import pages
+from codalib.reporting.figures import figure_uri
 from codalib.reporting.tables import clock, html_table, markdown_table, number, readable, size
 
 log = logging.getLogger(__name__)
@@ -131,15 +132,23 @@ def build(profile: str) -> Path:
 
 
 def build_index() -> Path:
-    """Write the page that leads to every profile's: one row for each folder of reports that has a page."""
-    rows = []
+    """Write the page that leads to every profile's: one row for each that has one, and one for each verdict."""
+    rows, claims = [], []
     for page in sorted(reports_folder().glob("*/index.html")):
         name, manifests = page.parent.name, page.parent / MANIFEST
         stages = read_json(manifests) if manifests.exists() else []
         stages = [stage for stage in stages if "notebook" in stage] if isinstance(stages, list) else []
-        claims = corrected([claim for stage in stages for claim in stage.get("results", {}).get("claims", [])])
-        rows.append({"name": name, "what": _description(name), "stages": stages, "counts": _counts(claims)})
-    body = pages.fill("index.html.j2", pages=rows, summary=pages.markdown(SUMMARY), verdicts=VERDICTS)
+        own = corrected(
+            [
+                {"setting": "", "page": name, "notebook": stage["notebook"], "seed": stage["seed"]} | claim
+                for stage in stages
+                for claim in stage.get("results", {}).get("claims", [])
+            ]
+        )
+        claims += [claim | {"title": CLAIMS[claim["id"]].title} for claim in own if claim["id"] in CLAIMS]
+        rows.append({"name": name, "what": _description(name), "stages": stages, "counts": _counts(own)})
+    claims.sort(key=lambda claim: list(CLAIMS).index(claim["id"]))  # the paper's order
+    body = pages.fill("index.html.j2", pages=rows, claims=claims, summary=pages.markdown(SUMMARY), verdicts=VERDICTS)
     path = reports_folder() / "index.html"
     with atomic_write(path) as file:
         file.write(pages.page("CODA, reproduced", body))
@@ -201,15 +210,18 @@ def _tables(stage: Stage, folder: Path) -> list[dict[str, str]]:
 
 
 def _figures(stage: Stage, folder: Path) -> list[dict[str, Any]]:
-    """The figures of a stage, also written into FOLDER/figures: caption, alt, the PNG's data, file names by kind."""
+    """The figures of a stage, also written into FOLDER/figures: caption, alt, picture, file names by kind."""
     found = []
     for result in stage.results("figures"):
         files = {kind: f"{stage.name}-{Path(result[kind]).name}" for kind in ("png", "svg", "gif") if kind in result}
         for kind, name in files.items():
             with atomic_write(folder / "figures" / name, "wb") as file:
                 file.write((stage.folder / result[kind]).read_bytes())
-        png = base64.b64encode((stage.folder / result["png"]).read_bytes()).decode("ascii")
-        found.append({"caption": result["caption"], "alt": result["alt"], "files": files, "png": png})
+        with Image.open(stage.folder / result["png"]) as picture:
+            entry = {"caption": result["caption"], "alt": result["alt"], "files": files, "source": figure_uri(picture)}
+        if "html" in result:
+            entry["more"] = pages.Markup((stage.folder / result["html"]).read_text(encoding="utf-8"))
+        found.append(entry)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from codalib.experiments.paper import COLUMNS, Table
+from codalib.experiments.paper import Table, title_and_direction
 from codalib.experiments.statistics import SPREAD_SUFFIX
 
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
@@ -77,8 +77,7 @@ def label(column: str) -> str:
     """A column of a CSV file as readers know it: `paper_rfid` -> "rFID (paper)"."""
     if column.startswith(PAPER_PREFIX):
         return f"{label(column.removeprefix(PAPER_PREFIX))} (paper)"
-    name, at, side = column.partition("@")  # of the images that a network sees, pixels
-    return (COLUMNS[name][0] if name in COLUMNS else name.replace("_", " ").capitalize()) + (at and f" at {side} px")
+    return title_and_direction(column)[0]
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:

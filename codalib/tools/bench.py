@@ -214,7 +214,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, lis
     rates = {row["device"]: dict(row["rates"]) for row in rows if row["task"] == "rates"}
     for row in rows:
         if row["task"] == "compiling":
-            rates[row["device"]]["compile_seconds"] = row["seconds"]
+            rates[row["device"]]["compile_seconds"] = row.get("seconds")
     cases = [(Case(**{name: row[name] for name in Case.__annotations__}), row) for row in rows]
     cases = [(case, row) for case, row in cases if case.task in PRODUCTS_A_LOGIT]
     frame = pd.DataFrame([row | {"floor_seconds": case.floor_seconds(rates[case.device])} for case, row in cases])
@@ -241,7 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if given.result:
         case = Case(**{name: getattr(given, name) for name in Case.__annotations__})
-        write_json(given.result, measure(case, given.repeats))
+        try:
+            result = measure(case, given.repeats)
+        except torch.OutOfMemoryError:  # of the GPU; a processor's system kills the process
+            result = {"state": "out of memory"}
+        write_json(given.result, result)
         return 0
     from codalib.workflow.execute import execute  # what it loads has no place in the process of a case
 

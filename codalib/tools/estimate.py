@@ -14,8 +14,9 @@ import torch
 from codalib.datasets.images import ImageDataset
 from codalib.evaluation.latents import encode_images
 from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES
+from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
-from codalib.tools.operations import KeptForBackward
+from codalib.tools.operations import KeptForBackward, StepMemory
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import QuantizerSettings, TokenizerSettings
 from codalib.training.tokenizer import train_tokenizer
@@ -105,6 +106,7 @@ class Estimate:
     seconds_a_step: float  # on images; nan where the memory does not suffice
     seconds_a_fit_step: float  # on latents
     seconds_an_image: float  # to encode it
+    bytes_checkpointed: int = 0  # `bytes_an_image` with gradient_checkpointing; 0: not measured
 
     @property
     def bytes_needed(self) -> int:
@@ -113,7 +115,10 @@ class Estimate:
     @property
     def largest_batch(self) -> int:
         """Images a step that the memory takes; 0 where it takes none."""
-        return max(0, int((MEMORY_FRACTION * self.free_bytes - self.fixed_bytes) // self.bytes_an_image))
+        return self._largest(self.bytes_an_image)
+
+    def _largest(self, bytes_an_image: int) -> int:
+        return max(0, int((MEMORY_FRACTION * self.free_bytes - self.fixed_bytes) // bytes_an_image))
 
     def minutes(self, steps: int, fit_steps: int, images: int) -> float:
         """Of a run with so many steps on IMAGES images, loading and measuring reckoned in."""
@@ -136,6 +141,9 @@ class Estimate:
                 if self.largest_batch
                 else "not even batch_size 1 fits: take a smaller resolution, or a machine with more memory"
             )
+            checkpointed = self._largest(self.bytes_checkpointed) if self.bytes_checkpointed else 0
+            if checkpointed > self.largest_batch:
+                advice += f"; with gradient_checkpointing batch_size {checkpointed} fits"
             raise DoesNotFit(
                 f"a step of batch_size {self.batch_size} takes about {self.bytes_needed / GIB:.1f} GiB, and "
                 f"{MEMORY_FRACTION:.0%} of the {self.free_bytes / GIB:.1f} GiB that are free may be taken: {advice}"
@@ -172,11 +180,13 @@ def estimate(
         latents = encode_images(vae, train, count)
         an_image = (time.monotonic() - started) / count
         fit_quantizer(replace(fit, **few), latents, folder / "fit")
-        with KeptForBackward() as kept:
-            train_tokenizer(replace(settings, **few | {"steps": 1, "batch_size": 1}), vae, train, val, folder / "one")
+        one = replace(settings, **few | {"steps": 1, "batch_size": 1, "compile": False})  # it would hide the tensors
+        plain, checkpointed = _bytes_an_image(one, vae, train, val, folder)
+        kept = checkpointed if settings.gradient_checkpointing else plain
+        paces = math.nan, _pace(folder / "fit"), an_image
         fixed, free = _memory()
-        found = Estimate(settings.batch_size, fixed, kept.most, free, math.nan, _pace(folder / "fit"), an_image)
-        if found.bytes_needed > MEMORY_FRACTION * free:
+        found = Estimate(settings.batch_size, fixed, kept, free, *paces, checkpointed)
+        if found.bytes_needed > MEMORY_FRACTION * found.free_bytes:
             return found
         train_tokenizer(replace(settings, **few), vae, train, val, folder / "batch")
         found = replace(found, seconds_a_step=_pace(folder / "batch"))
@@ -184,6 +194,17 @@ def estimate(
         shutil.rmtree(folder, ignore_errors=True)
     log.info("%.2f s a step, %.1f GiB", found.seconds_a_step, found.bytes_needed / GIB)
     return found
+
+
+def _bytes_an_image(
+    one: TokenizerSettings, vae: ContinuousVAE, train: ImageDataset, val: ImageDataset, folder: Path
+) -> tuple[int, int]:
+    """What a step of one image keeps for its backward pass, without and with gradient_checkpointing."""
+    with KeptForBackward() as kept, StepMemory(CodaTokenizer) as plain:
+        train_tokenizer(replace(one, gradient_checkpointing=False), vae, train, val, folder / "one")
+    with StepMemory(CodaTokenizer) as again:
+        train_tokenizer(replace(one, gradient_checkpointing=True), vae, train, val, folder / "checkpointed")
+    return kept.most, kept.most - max(0, plain.most - again.most)
 
 
 def _pace(folder: Path) -> float:

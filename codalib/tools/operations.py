@@ -1,5 +1,6 @@
 """What a model weighs: parameters by part, floating-point operations, and the memory that training keeps."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from codalib.models.tokenizer import CodaTokenizer
@@ -113,6 +116,51 @@ class KeptForBackward:
     def _add(self, count: int) -> None:
         self.bytes += count
         self.most = max(self.most, self.bytes)
+
+
+class StepMemory(TorchDispatchMode):
+    """The largest memory of tensors that live at once in a training step, `most` bytes above what lived before it.
+
+    Unlike `KeptForBackward` it sees what is computed again in the backward pass. A step begins where a module of the
+    class KIND is called with gradients, and the last step counts; what the tensors' operations need inside does not.
+    """
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.kind, self.bytes, self.before, self.most = kind, 0, 0, 0
+        self._living: set[int] = set()
+        self._hook: Any = None
+
+    def __enter__(self) -> "StepMemory":
+        self._hook = register_module_forward_pre_hook(self._begin)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hook.remove()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return out
+
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        if isinstance(module, self.kind) and torch.is_grad_enabled():
+            self.before, self.most = self.bytes, 0
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._living:
+            self._living.add(key)
+            self.bytes += size
+            self.most = max(self.most, self.bytes - self.before)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._living.discard(key)
+        self.bytes -= size
 
 
 class _Kept:

@@ -35,7 +35,13 @@ from codalib.pretrained.perceptual import build_perceptual
 from codalib.pretrained.registry import MissingWeights, has_weights
 from codalib.pretrained.vae_layouts import CONFIGS
 from codalib.tools.fetch import needed
-from codalib.tools.operations import KeptForBackward, assignment_operations, count_operations, count_parameters
+from codalib.tools.operations import (
+    KeptForBackward,
+    StepMemory,
+    assignment_operations,
+    count_operations,
+    count_parameters,
+)
 from codalib.tools.rehearsal_page import page
 from codalib.training.settings import FitSettings, TokenizerSettings
 from codalib.training.tokenizer import train_and_save
@@ -130,6 +136,7 @@ def rehearsal_settings(parameters: Mapping[str, Any], batch: int) -> TokenizerSe
         log_every=1,
         precision=parameters["precision"] if here else "float32",
         backend="auto" if here else "tiled",  # compiled code would hide its operations from the count
+        compile=False,  # as above
         perceptual_network="auto" if perceptual == "perceptual_vgg" and not has_weights("vgg16_lpips") else perceptual,
         discriminator_network="auto" if discriminator == "dino" and not has_weights("dino_vits16") else discriminator,
     )
@@ -205,16 +212,21 @@ def rehearse(
 def _two_steps(
     settings: TokenizerSettings, base: str, channels: int, train: RandomImages, val: RandomImages, work: Path
 ) -> dict[str, Any]:
-    """Train one step, break off, resume, train the second, evaluate, save; returns what was counted and checked."""
+    """Train one step, break off, resume, train the second, evaluate, save; returns what was counted and checked.
+
+    The second step computes activations again instead of keeping them: both ways of a step are seen.
+    """
     train.interrupt_after = settings.batch_size
-    with count_operations() as operations, KeptForBackward() as kept:
+    plain, again = (replace(settings, gradient_checkpointing=checkpointed) for checkpointed in (False, True))
+    with count_operations() as operations, KeptForBackward() as kept, StepMemory(CodaTokenizer) as memory:
         try:
-            launch(train_and_save, 1, settings, base, train, val, work)
+            launch(train_and_save, 1, plain, base, train, val, work)
         except Interruption:
             log.info("the first step is done and saved; the rehearsal is interrupted here and starts again")
     first, (checkpoint,) = read_log(work), sorted(work.glob("checkpoints/*/step-*"))
     train.interrupt_after = None
-    launch(train_and_save, 1, settings, base, train, val, work)
+    with StepMemory(CodaTokenizer) as memory_again:
+        launch(train_and_save, 1, again, base, train, val, work)
     rows, state = read_log(work), read_json(checkpoint / "state.json")
     terms = [{name: value for name, value in row.items() if name not in ("step", "seconds", "rate")} for row in rows]
     by_kind = operations.get_flop_counts()["Global"]
@@ -232,10 +244,12 @@ def _two_steps(
     images = settings.batch_size
     return {
         "terms": terms,
-        "seconds_a_step": rows[1]["seconds"] - rows[0]["seconds"],
+        "seconds_a_step": rows[0]["seconds"],
+        "seconds_a_step_checkpointed": rows[1]["seconds"] - rows[0]["seconds"],
         "operations": {name: count // images for name, count in counts.items()}
         | {"an image": sum(counts.values()) // images, "of which the assignment": assignment // images},
         "kept_for_backward": kept.most // images,
+        "saved_by_checkpointing": max(0, memory.most - memory_again.most) // images,
         "checks": {
             "a checkpoint was written at step 1": state["step"] == 1,
             "the second start resumed at step 1": train.handed_out == STEPS * images and rows[0] == first[0],
@@ -270,7 +284,7 @@ def _stand_ins(
 
 def _changes(parameters: Mapping[str, Any], settings: TokenizerSettings) -> dict[str, list]:
     """Parameter -> [the profile's value, the rehearsal's], where they differ."""
-    names = ("steps", "batch_size", "accumulation", "workers", "ema_start", "precision")
+    names = ("steps", "batch_size", "accumulation", "workers", "ema_start", "precision", "compile")
     pairs = {name: [parameters[name], getattr(settings, name)] for name in names}
     pairs |= {"processes": [parameters["processes"], 1], "fit_steps": [parameters["fit_steps"], 0]}
     pairs |= {"dataset": [parameters["dataset"], "random images"], "backend": ["auto", settings.backend]}
@@ -303,7 +317,8 @@ def forecast(
         for rate in tflops
     ]
     in_bfloat16 = parameters["precision"] != "float32" and found["precision"] == "float32"
-    kept = found["kept_for_backward"] * (AUTOCAST_FACTOR if in_bfloat16 else 1)
+    factor = AUTOCAST_FACTOR if in_bfloat16 else 1
+    kept, saved = (factor * found[name] for name in ("kept_for_backward", "saved_by_checkpointing"))
     # In float32: all weights; and of the trained ones the gradient, AdamW's two moments and the average.
     weights = 4 * sum(row["parameters"] + 4 * row["trained"] for row in found["parameters"])
     return {
@@ -314,6 +329,8 @@ def forecast(
         "utilisation": utilisation,
         "gpu_memory_bytes": round(weights + kept * parameters["batch_size"]),
         "gpu_memory_bytes_an_image": round(kept),
+        "gpu_memory_bytes_checkpointed": round(weights + (kept - saved) * parameters["batch_size"]),
+        "gpu_memory_bytes_checkpointed_an_image": round(kept - saved),
         "rows": rows,
     }
 

@@ -64,7 +64,8 @@ def _work(found: Mapping[str, Any]) -> str:
         ),
         _table(("Checked", ""), [(name, "yes" if ok else "NO") for name, ok in found["checks"].items()]),
         f"Here, on {found['machine']['gpu'] or found['machine']['processor']}: {found['seconds_a_step']:.1f} s a step "
-        f"of {images} image{'s' * (images > 1)}; peak memory {size(found['peak_memory_bytes'])}"
+        f"of {images} image{'s' * (images > 1)}, with gradient_checkpointing "
+        f"{found['seconds_a_step_checkpointed']:.1f} s;\npeak memory {size(found['peak_memory_bytes'])}"
         f"{f', of the GPU {size(gpu)}' if gpu else ''}; {clock(found['seconds'])} in all.\n"
         f"Kept for the backward pass: {size(found['kept_for_backward'])} an image in {found['precision']}.",
     ]
@@ -90,7 +91,9 @@ def _forecast(found: Mapping[str, Any]) -> str:
         f"{real['utilisation']:.0%} of a GPU's data sheet,\nan assumption:\n\n{_table(header, rows)}\n\n"
         "Reading images and talking between GPUs come on top.\n"
         f"Memory of each GPU at its batch_size of {real['batch_size']}: about {size(real['gpu_memory_bytes'])} "
-        f"({size(real['gpu_memory_bytes_an_image'])} an image); cuDNN's workspace comes on top."
+        f"({size(real['gpu_memory_bytes_an_image'])} an image);\n"
+        f"with gradient_checkpointing about {size(real['gpu_memory_bytes_checkpointed'])} "
+        f"({size(real['gpu_memory_bytes_checkpointed_an_image'])} an image). cuDNN's workspace comes on top."
     )
 
 

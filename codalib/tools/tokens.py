@@ -30,7 +30,7 @@ PARQUET, ROWS = "tokens.parquet", 1024  # file of `codalib encode --parquet`; ro
 
 
 def encode(arguments: Sequence[str] | None = None) -> int:
-    """Encode a data set's images into a folder of shards; goes on where an interrupted call stopped."""
+    """Encode a data set's images into a folder, shard by shard; goes on where an interrupted call stopped."""
     parser = _parser("encode", encode.__doc__)
     parser.add_argument("dataset", help='"emoji", imagefolder:PATH, webdataset:PATH/{000..127}.tar, ...')
     parser.add_argument("--split", choices=SPLITS, default="train", help="of the data set (train)")
@@ -42,7 +42,7 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise (0)")
-    parser.add_argument("--parquet", action="store_true", help="write tokens.parquet beside the shards too")
+    parser.add_argument("--parquet", action="store_true", help="write tokens.parquet beside them too")
     given = parser.parse_args(arguments)
     try:
         settings = CacheSettings(views=given.views, seed=given.seed, batch_size=given.batch_size, workers=given.workers)

@@ -19,6 +19,7 @@ from codalib.models.checkpoints import find_model
 from codalib.models.maskgit import Condition, MaskGIT
 from codalib.models.masks import sample_mask
 from codalib.models.tokenizer import CodaTokenizer
+from codalib.training.execution import build_adamw, prepare_transformer
 from codalib.training.settings import EncodingSettings, MaskGITSettings
 from codalib.training.trainer import Stage, Trainer, checksum
 
@@ -60,8 +61,9 @@ class MaskGITStage(Stage):
             "text_encoder": text,
         }
         self.model.to(self.device).train()
+        prepare_transformer(self.model, settings)
         groups = parameter_groups(self.model, settings.weight_decay)
-        optimizer = torch.optim.AdamW(groups, settings.learning_rate, settings.betas)
+        optimizer = build_adamw(groups, settings)
         if encoder is not None:
             self.captions = CaptionTable(
                 encoder, (caption for own in (*train.captions, *val.captions) for caption in own)

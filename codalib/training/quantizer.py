@@ -16,6 +16,7 @@ from codalib.models.data_start import start_from_data
 from codalib.models.loss_weights import LossWeights
 from codalib.models.losses import weighted_sum
 from codalib.models.quantizer import ResidualQuantizer
+from codalib.training.execution import build_adamw
 from codalib.training.settings import QuantizerSettings
 from codalib.training.trainer import Stage, Trainer
 
@@ -44,9 +45,7 @@ class QuantizerStage(Stage):
         self.latents, self.val_latents, self.snapshots = latents, val_latents, snapshots
         self.weights = LossWeights(quantization=settings.quantization_weight, entropy=settings.entropy_weight)
         self.quantizer = settings.build_quantizer(latents.shape[1]).to(self.device)
-        optimizer = torch.optim.AdamW(
-            self.quantizer.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-        )
+        optimizer = build_adamw(self.quantizer.parameters(), settings, weight_decay=settings.weight_decay)
         if settings.start == "data":
             start_from_data(self.quantizer, latents, settings.seed)
         inputs = {"latents": outline(latents)} | ({"snapshots": list(snapshots)} if snapshots else {})

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from codalib.base.seeds import check_seed
 from codalib.datasets.token_cache import CacheSettings, TokenCache
@@ -18,6 +19,8 @@ from codalib.models.maskgit import PRESETS, MaskGIT
 from codalib.models.masks import MASK_RATIOS
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.quantizer_kinds import quantizer_from_config
+
+EXECUTION = ("compile", "gradient_checkpointing")  # fields that decide the time and the memory, but no result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,8 @@ class LoopSettings:
     log_every: int = 10  # steps between lines of the log
     checkpoint_every: int = 500  # steps between checkpoints
     evaluate_every: int = 0  # steps between validations; 0: only at the end
+    compile: bool = False  # the VAE's and the transformer's code by torch.compile: minutes at the start, then faster
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every"):
@@ -50,10 +55,19 @@ class LoopSettings:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"expected precision 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
 
+    def deciding(self) -> dict[str, Any]:
+        """The fields by name, as `asdict` gives them, without those that say how alone the work is done.
+
+        Names of finished trials are made of them: a field that joins `EXECUTION` leaves every name as it is.
+        """
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in EXECUTION}
+
     def fingerprint(self, **inputs) -> str:
         """Changes with everything that changes the result, so that a checkpoint is never resumed by another run."""
         outer = {"log_every", "checkpoint_every", "workers"}
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in outer} | inputs
+        values = {k: v for k, v in self.deciding().items() if k not in outer} | inputs
+        if self.compile:  # fused code rounds otherwise; checkpointing computes the same once more
+            values["compile"] = True
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from codalib.base.hardware import to_device
+from codalib.base.processes import average_statistics
 from codalib.datasets.images import ImageDataset, share_content_digests, training_batches
 from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
@@ -22,6 +23,7 @@ from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import PerceptualEffNet, build_perceptual
+from codalib.training.execution import build_adamw, prepare_vae
 from codalib.training.settings import SCRATCH, TokenizerSettings
 from codalib.training.trainer import Stage, TimeLimit, Trainer, checksum
 
@@ -89,11 +91,12 @@ class TokenizerStage(Stage):
             if theirs != ours:
                 raise ValueError(f"expected a quantizer of the settings, {ours}, got {theirs}")
             tokenizer.quantizer.load_state_dict(start.state_dict())
-        return tokenizer.to(self.device)
+        tokenizer.to(self.device)
+        prepare_vae(tokenizer.vae.autoencoder, self.settings, self.device)
+        return tokenizer
 
     def optimizer(self, parameters: list[Tensor], weight_decay: float) -> torch.optim.AdamW:
-        own = self.settings
-        return torch.optim.AdamW(parameters, own.learning_rate, own.betas, weight_decay=weight_decay)
+        return build_adamw(parameters, self.settings, weight_decay=weight_decay)
 
     @property
     def adaptive_layer(self) -> Tensor | None:
@@ -171,6 +174,8 @@ class TokenizerStage(Stage):
         terms = {"discriminator": discriminator_hinge(real, fake)}
         heads = list(self.discriminator.heads.parameters())
         self.trainer.update(terms["discriminator"], terms, "discriminator", heads, last)
+        if last:
+            average_statistics(self.discriminator)
         return terms
 
     def evaluate(self) -> dict[str, float]:

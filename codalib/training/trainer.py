@@ -157,7 +157,13 @@ class Trainer:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.ema = (
-            RampedEMA(self.trainable.values(), ema_ramp, decay=settings.ema, update_after_step=settings.ema_start)
+            RampedEMA(
+                self.trainable.values(),
+                ema_ramp,
+                decay=settings.ema,
+                update_after_step=settings.ema_start,
+                foreach=accelerator.device.type == "cuda",  # a few kernels for all; the last bits are others
+            )
             if settings.ema
             else None
         )
@@ -474,6 +480,10 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:  # a moment; the fused kernel wants it laid out as its parameter is
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _flush(path: Path) -> None:

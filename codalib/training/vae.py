@@ -14,6 +14,7 @@ from codalib.evaluation.metrics import psnr
 from codalib.models.loss_weights import LossWeights
 from codalib.models.losses import kl_divergence, reconstruction_terms, weighted_sum
 from codalib.models.vae import ContinuousVAE
+from codalib.training.execution import build_adamw, prepare_vae
 from codalib.training.settings import PretrainSettings
 from codalib.training.trainer import Stage, Trainer, checksum
 
@@ -67,9 +68,8 @@ class VaeStage(Stage):
             build_autoencoder(settings, train.resolution) if start is None else copy.deepcopy(start.autoencoder)
         )
         self.model = _Posterior(autoencoder.train().requires_grad_(True)).to(self.device)
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-        )
+        prepare_vae(autoencoder, settings, self.device)
+        optimizer = build_adamw(self.model.parameters(), settings, weight_decay=settings.weight_decay)
         self.parallel = self.accelerator.prepare(self.model)
         share_content_digests(train)
         inputs = {"data": train.content_digest}

@@ -6,20 +6,20 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from codalib.base.files import _plain, hold, release, write_json
-from codalib.base.hardware import _gpu, machine, peak_memory
+from codalib.base.hardware import RANK_PEAKS, machine, peaks
 from codalib.base.paths import MANIFEST, project_folder, runs_folder
 from codalib.base.seeds import check_seed
 
 RESULTS = ("tables", "figures", "metrics", "claims")  # what a stage may hand to the report
 LOCK = ".lock"  # in the folder of a run
-FILES = ("file", "png", "svg", "gif")  # keys of a result that name files
+FILES = ("file", "png", "svg", "gif", "html")  # keys of a result that name files
 LIBRARIES = ("codalib", "torch", "torchvision", "diffusers", "peft", "accelerate", "timm", "torchmetrics", "numpy")
 
 
@@ -44,6 +44,7 @@ class Run:
         check_seed(seed)
         hold(self.folder / LOCK)
         self._clock = time.monotonic()
+        RANK_PEAKS.clear()
         self.manifest = {
             "notebook": notebook,
             "state": "running",
@@ -61,9 +62,9 @@ class Run:
     def finish(self, results: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Record the end of the run and its RESULTS, and return the manifest.
 
-        RESULTS may hold "tables" [{"file", "title", "caption"}], "figures" [{"png", "svg", "caption", "alt"} and for an
-        animation "gif"], "metrics" {name: number} and "claims" [{"id", "verdict", "effect", "detail"}]; files are named
-        relative to the folder and must exist. Anything else raises ValueError.
+        RESULTS may hold "tables" [{"file", "title", "caption"}], "figures" [{"png", "svg", "caption", "alt"}, for an
+        animation "gif", for a slider "html"], "metrics" {name: number} and "claims" [{"id", "verdict", "effect",
+        "detail"}]; files are named relative to the folder and must exist. Anything else raises ValueError.
         """
         results = dict(results or {})
         unknown = results.keys() - set(RESULTS)
@@ -76,8 +77,9 @@ class Run:
         self.manifest |= {
             "state": "finished",
             "seconds": round(time.monotonic() - self._clock, 1),
-            "peak_memory_bytes": peak_memory(),
-            "peak_gpu_memory_bytes": _gpu("max_memory_allocated"),
+            "machine": machine(),  # again: the run has set how its GPU computes
+            **_largest([peaks(), *RANK_PEAKS.values()]),
+            "ranks": [own for _, own in sorted(RANK_PEAKS.items())],  # of the processes that the run launched
             "results": _plain(results),
         }
         write_json(self.folder / MANIFEST, self.manifest)
@@ -86,6 +88,11 @@ class Run:
 
     def _has(self, name: str) -> bool:
         return (self.folder / name).is_file()
+
+
+def _largest(found: Sequence[Mapping[str, int | None]]) -> dict[str, int | None]:
+    """Of each peak the largest of all processes; None where none has it."""
+    return {name: max((own[name] or 0 for own in found), default=0) or None for name in found[0]}
 
 
 def source_version() -> dict[str, Any]:

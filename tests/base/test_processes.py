@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from codalib.base import hardware
 from codalib.base.processes import check_environment, launch, make_accelerator
 
 
@@ -62,10 +63,15 @@ def test_modules_are_handed_over_as_copies_on_the_processor(tmp_path):
     assert torch.equal(module.weight, before)
 
 
-def test_processes_find_each_other(tmp_path):
+def test_processes_find_each_other_and_say_what_they_took(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "RANK_PEAKS", {1: {"peak_memory_bytes": 2**50, "peak_gpu_memory_bytes": 7}})
     launch(write_number, 2, tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2 3", "1": "2 3"}
     assert "RANK" not in os.environ
+    first, second = hardware.RANK_PEAKS[0], hardware.RANK_PEAKS[1]
+    assert 50e6 < first["peak_memory_bytes"] < 50e9
+    assert first["peak_gpu_memory_bytes"] is None
+    assert second == {"peak_memory_bytes": 2**50, "peak_gpu_memory_bytes": 7}  # the largest of both launches
 
 
 def test_one_may_work_alone_for_hours_while_the_others_wait(tmp_path):

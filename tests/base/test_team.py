@@ -67,9 +67,9 @@ def test_a_call_is_handed_out_and_all_hear_that_it_is_done_and_that_all_has_ende
     first, second = two
     number = first.announce("what to do")
     assert (number, second.next_call(number)) == (1, "what to do")
-    first.done(number)
-    second.done(number)
-    first.wait_for_all(number)
+    first.done(number, "7 GB")
+    second.done(number, "8 GB")
+    assert first.wait_for_all(number) == ["7 GB", "8 GB"]
     second.leave()
     first.end("the first process stopped")
     with pytest.raises(TeamError, match="the first process stopped"):
@@ -126,7 +126,7 @@ def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monk
         function, arguments = processes._read_call(two[1], *json.loads(two[1].next_call(number)))
         read.append((function, arguments, list((tmp_path / processes.CALLS).iterdir())))
         for one in two:
-            one.done(number)
+            one.done(number, json.dumps({"peak_memory_bytes": 7}))
 
     monkeypatch.setattr(processes, "_take_part", other)
     processes._hand_out(two[0], print, (1, "two"))

@@ -1,11 +1,16 @@
 import dataclasses
 import json
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 
+from codalib.base.files import write_json
 from codalib.base.processes import launch
 from codalib.datasets import token_cache as tokens_module
 from codalib.datasets.images import load_dataset
@@ -189,17 +194,70 @@ def test_indices_take_the_smallest_type(codes, kind):
     assert np.asarray(codes - 1).astype(kind) == codes - 1
 
 
-def test_broken_or_absent_caches_say_so(cached, tmp_path):
+def test_broken_or_absent_caches_say_so(cached, tokenizer, images, tmp_path):
     with pytest.raises(ValueError, match="holds no token cache"):
         TokenCache.open(tmp_path)
-    for path in cached.rglob("*"):
-        if path.is_file():
-            (tmp_path / path.relative_to(cached)).parent.mkdir(exist_ok=True)
-            (tmp_path / path.relative_to(cached)).write_bytes(path.read_bytes())
-    (tmp_path / "shards" / "00001.safetensors").write_bytes(b"half")
+    cache_tokens(tokenizer, images, tmp_path, CacheSettings(shard_images=4))
+    shard = tmp_path / "shards" / "00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"00001.safetensors cannot be read .*: remove it"):
         TokenCache.open(tmp_path)
     assert json.loads((tmp_path / "captions.json").read_text())
+    shard.write_bytes(whole)
+    assert np.array_equal(TokenCache.open(tmp_path).indices, TokenCache.open(cached).indices)
+    (tmp_path / "columns" / "label.npy").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"label.npy cannot be read .*: remove"):
+        TokenCache.open(tmp_path)
+
+
+def write_shards(folder, shards, rows, length):
+    """A cache as earlier versions left it: random tokens in shards alone."""
+    rng, parts = np.random.default_rng(0), []
+    manifest = {"tokenizer": "t", "codebook_size": 2**16, "scales": [1], "classes": ["x"], "shards": shards}
+    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "captions.json", [["x"]] * (shards * rows))
+    (folder / "shards").mkdir()
+    for number in range(shards):
+        part = {"indices": rng.integers(0, 2**16, (rows, length), dtype=np.uint16)}
+        part["image"] = np.arange(number * rows, (number + 1) * rows, dtype=np.int32)
+        part |= {"label": part["image"] % 7, "view": np.zeros(rows, np.int32)}
+        save_file(part, folder / "shards" / f"{number:05d}.safetensors")
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_a_cache_of_shards_is_assembled_and_mapped_without_being_held(tmp_path):
+    shards, rows, length = 12, 64, 4096
+    columns = write_shards(tmp_path, shards, rows, length)  # 6 MiB of tokens, 0.5 MiB a shard
+    tracemalloc.start()
+    try:
+        cache = TokenCache.open(tmp_path)
+        batch = cache.batch([700, 3])
+        assert tracemalloc.get_traced_memory()[1] < 0.4 * columns["indices"].nbytes
+    finally:
+        tracemalloc.stop()
+    assert batch["tokens"].tolist() == columns["indices"][[700, 3]].tolist()
+    assert not (tmp_path / "shards").exists()
+    for name in ("indices", "image", "view"):
+        array = getattr(cache, name)
+        assert isinstance(array.base, np.memmap)
+        assert np.array_equal(array, columns[name])
+    assert np.array_equal(cache.labels.numpy(), columns["label"])
+    again = TokenCache.open(tmp_path)
+    assert again.fingerprint == cache.fingerprint
+    batch["tokens"][:] = 0  # a copy: nothing of the cache changes
+    assert np.array_equal(cache.indices, columns["indices"])
+
+
+def test_a_cache_opened_twice_at_once_is_assembled_once(tmp_path, monkeypatch):
+    columns, calls = write_shards(tmp_path, 12, 64, 512), []
+    write, both = tokens_module._write_columns, threading.Barrier(2)
+    monkeypatch.setattr(tokens_module, "_write_columns", lambda *given: calls.append(1) or write(*given))
+    with ThreadPoolExecutor() as pool:  # a lock that holds between threads holds between processes
+        caches = list(pool.map(lambda _: both.wait() >= 0 and TokenCache.open(tmp_path), range(2)))
+    assert len(calls) == 1
+    assert all(np.array_equal(cache.indices, columns["indices"]) for cache in caches)
 
 
 def test_images_of_another_size_raise(tokenizer, tmp_path):

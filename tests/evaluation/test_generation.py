@@ -49,7 +49,8 @@ SAMPLERS = sampler_grid(SamplerConfig(steps=2), guidance=(0.0, 2.0))
 
 def test_samples_that_are_all_alike_are_precise_and_recall_little():
     cloud = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-    reference = Reference(SimpleNamespace(name="fd_effnet"), cloud, "images", 3, None, None, None)
+    distance = SimpleNamespace(name="fd_effnet@32", kernel_name="kd_effnet@32")
+    reference = Reference(distance, cloud, "images", 3, None, None, None)
     values = reference.evaluate({"frechet": 0.05 * cloud}, torch.zeros(60))
     assert values["precision"] == 1
     assert values["recall"] < 0.3
@@ -180,7 +181,8 @@ def test_every_method_is_measured(models, measured):
     named = {row["method"]: row for row in rows}
     assert list(named) == [*BASELINES, "guidance 0", "guidance 2"]
     metrics = {
-        "fd_effnet",
+        "fd_effnet@32",
+        "kd_effnet@32",
         "precision",
         "recall",
         "class_accuracy",
@@ -190,18 +192,19 @@ def test_every_method_is_measured(models, measured):
     }
     assert metrics == protocol.keys()
     assert all(metrics <= row.keys() for row in rows)
-    assert named["validation images"]["fd_effnet"] == pytest.approx(0, abs=1e-3)  # against themselves
+    assert named["validation images"]["fd_effnet@32"] == pytest.approx(0, abs=1e-3)  # against themselves
     assert named["validation images"]["nearest_train"] == pytest.approx(1)
     assert named["training images"]["copies"] == 1
     assert named["training images"]["nearest_train"] == pytest.approx(0, abs=1e-2)
-    assert named["tokenizer"]["fd_effnet"] < named["shuffled tokens"]["fd_effnet"]
+    for distance in ("fd_effnet@32", "kd_effnet@32"):
+        assert named["tokenizer"][distance] < named["shuffled tokens"][distance]
     assert named["guidance 2"]["guidance"] == 2.0
     assert named["guidance 2"]["steps"] == 2
     assert named["guidance 2"]["samples"] == 12
     assert named["guidance 2"]["seconds_a_sample"] > 0
-    assert named["guidance 0"]["fd_effnet"] != named["guidance 2"]["fd_effnet"]
+    assert named["guidance 0"]["fd_effnet@32"] != named["guidance 2"]["fd_effnet@32"]
     assert "12 validation images" not in protocol["copies"]
-    assert "12 samples against 12 validation images of emoji" in protocol["fd_effnet"]
+    assert "12 samples against 12 validation images of emoji" in protocol["fd_effnet@32"]
 
 
 def test_what_is_measured_is_not_measured_again(models, measured, monkeypatch):
@@ -234,7 +237,7 @@ def test_two_processes_train_and_measure_as_one_does(models, measured, tmp_path)
     one = read_generation_results(SETTINGS, *models[:2], samplers, measured, ("shuffled tokens",))[0]
     for ours, theirs in zip(two, one, strict=True):
         assert ours["samples"] == theirs["samples"] == 12
-        for name in ("fd_effnet", "precision", "recall", "class_accuracy", "nearest_train", "copies"):
+        for name in ("fd_effnet@32", "precision", "recall", "class_accuracy", "nearest_train", "copies"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-2, abs=1e-6), name
     assert not list(tmp_path.rglob("*.part*"))
 
@@ -247,7 +250,7 @@ def test_captions_are_asked_for(models, tmp_path):
     assert [baseline["samples"] for baseline in baselines] == [12, 6, 6, 6, 6, 6]
     assert row["samples"] == 6
     assert "class_accuracy" not in row
-    assert row["fd_effnet"] > 0
+    assert row["fd_effnet@32"] > 0
 
 
 def test_against_training_images(models, tmp_path):
@@ -256,7 +259,7 @@ def test_against_training_images(models, tmp_path):
     rows, protocol = read_generation_results(
         settings, None, models[1], {}, tmp_path, ("validation images", "training images")
     )
-    assert rows[0]["fd_effnet"] > 0
+    assert rows[0]["fd_effnet@32"] > 0
     assert "24 training images" in protocol["recall"]
     with pytest.raises(ValueError, match="'val', or 'train' with training images"):
         dataclasses.replace(settings, train_limit=0)
@@ -267,7 +270,7 @@ def test_two_images_are_enough_and_what_takes_more_says_so(models, tmp_path):
     asked = settings, *models[:2], {"plain": SamplerConfig(steps=1)}, tmp_path
     evaluate_maskgit(*asked)
     rows, protocol = read_generation_results(*asked)
-    assert all(math.isfinite(row["fd_effnet"]) and "recall" not in row for row in rows)
+    assert all(math.isfinite(row["fd_effnet@32"]) and "recall" not in row for row in rows)
     assert protocol["recall"] == "left out: it takes 4 images, got 2"
     with pytest.raises(ValueError, match="expected 2 validation images of emoji, got 1"):
         evaluate_maskgit(dataclasses.replace(settings, val_limit=1), *asked[1:])

@@ -116,7 +116,7 @@ def test_frechet_distance_of_known_gaussians():
 def test_frechet_metric_is_the_gaussian_distance_of_8bit_features(effnet):
     real, fake = random_images(12), 0.5 * random_images(12, seed=1)
     distance = metrics.FrechetDistance(effnet, resolution=32)
-    assert distance.name == "fd_effnet"
+    assert distance.name == f"fd_effnet@{distance.extractor_side}"
     for part in real.split(5):
         distance.update(part, real=True)
     for part in fake.split(7):
@@ -134,7 +134,7 @@ def test_frechet_metric_is_the_gaussian_distance_of_8bit_features(effnet):
 def test_frechet_names(monkeypatch, tmp_path):
     monkeypatch.setenv("CODALIB_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert metrics.build_frechet("auto").name == "fd_effnet"
+    assert metrics.build_frechet("auto").name == "fd_effnet@224"
     assert metrics.build_frechet(None) is None
     with pytest.raises(registry.MissingWeights):
         metrics.build_frechet("rfid")
@@ -193,7 +193,7 @@ def test_reconstruction_metrics_stream():
     assert values["quantization_error"] == pytest.approx(
         (evaluation["latents"] - evaluation["quantized"]).square().mean().item()
     )
-    assert {"ssim", "perceptual_effnet", "fd_effnet", "utilization", "perplexity_level_2"} <= set(values)
+    assert {"ssim", "perceptual_effnet", "fd_effnet@32", "utilization", "perplexity_level_2"} <= set(values)
     assert all(isinstance(value, float) for value in values.values())
 
     streamed = metrics.ReconstructionMetrics(**options, perceptual=whole.perceptual)
@@ -208,14 +208,15 @@ def test_reconstruction_metrics_stream():
     protocol = whole.protocol()
     assert list(protocol) == list(values)
     assert "6 images" in protocol["psnr"]
-    assert "random images" in protocol["fd_effnet"]
+    assert "random images" in protocol["fd_effnet@32"]
+    assert "resized to 32 (bicubic, antialiased)" in protocol["fd_effnet@32"]
     assert "not LPIPS" in protocol["perceptual_effnet"]
 
     # A second model on the same images does not read them again.
     second = metrics.ReconstructionMetrics(8, 2, frechet=whole.frechet.with_same_reference())
     for rows in (slice(0, 3), slice(3, 6)):
         second.update(**part(evaluation, rows))
-    assert second.compute()["fd_effnet"] == pytest.approx(values["fd_effnet"], rel=1e-4)
+    assert second.compute()["fd_effnet@32"] == pytest.approx(values["fd_effnet@32"], rel=1e-4)
     second.update(**part(evaluation, slice(0, 2)))
     with pytest.raises(RuntimeError, match="8 reconstructions against the 6"):
         second.compute()
@@ -236,9 +237,9 @@ def test_one_image_leaves_the_frechet_distance_out_and_says_why(effnet):
     measured = metrics.ReconstructionMetrics(frechet=metrics.FrechetDistance(effnet, 32))
     measured.update(random_images(1), random_images(1, seed=1))
     assert list(measured.compute()) == ["psnr", "ssim"]
-    assert measured.protocol()["fd_effnet"] == "left out: it takes 2 images, got 1"
+    assert measured.protocol()["fd_effnet@32"] == "left out: it takes 2 images, got 1"
     measured.update(random_images(1, seed=2), random_images(1, seed=3))
-    assert measured.compute()["fd_effnet"] > 0
+    assert measured.compute()["fd_effnet@32"] > 0
 
 
 def test_reconstruction_metrics_refuse_half_a_pair():

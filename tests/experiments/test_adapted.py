@@ -1,11 +1,14 @@
 """Tokenizers of both assignments, each part of the VAE adapted or none."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from codalib import load_dataset, load_tokenizer, load_vae
+from codalib.base.files import read_json
+from codalib.base.paths import project_folder
 from codalib.evaluation.metrics import build_frechet
 from codalib.experiments.adapted import CELLS, PROTOCOL, AdaptedData, AdaptedTrials, adapted_claims
 from codalib.experiments.trials import TrialFolder
@@ -33,6 +36,30 @@ FITS = {
 def data():
     train, test = load_dataset("emoji", "train", 64, limit=12), load_dataset("emoji", "val", 64, limit=5)
     return AdaptedData.split(load_vae("emoji"), train, test, 0.3, None, build_frechet("fd_effnet", 32))
+
+
+def test_the_committed_trials_are_found_by_name(monkeypatch):
+    for work in ("fit_quantizer", "train_tokenizer"):
+        monkeypatch.setattr(f"codalib.experiments.adapted.{work}", lambda *_, **__: pytest.fail("trained again"))
+    folder = project_folder() / "reports/emoji-long/results/adapted_factorial"
+    images = (load_dataset("emoji", split, 64) for split in ("train", "val"))
+    names = [SimpleNamespace(name="perceptual_effnet"), SimpleNamespace(name="fd_effnet", extractor_side=128)]
+    data = AdaptedData.split(load_vae("emoji"), *images, 0.1, *names)
+    files = [read_json(file) for file in sorted(folder.glob("*.json"))]
+    assert files
+    for found in files:
+        own, fit = (
+            {name: tuple(value) if isinstance(value, list) else value for name, value in found[kind].items()}
+            for kind in ("settings", "fit")
+        )
+        settings = TokenizerSettings(**own, compile=True, gradient_checkpointing=True)
+        place = TrialFolder(folder, {})
+        assert (
+            AdaptedTrials(settings, dict.fromkeys(FITS, fit), data, place, "nowhere").trial(
+                found["cell"], own["learning_rate"], own["seed"]
+            )
+            == found
+        )
 
 
 def trials(folder, data):
@@ -64,6 +91,14 @@ def test_a_trial_trains_its_cell_and_is_read_from_its_file_the_next_time(tmp_pat
     assert trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 3) == row
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 4)
+
+
+def test_a_tokenizer_from_scratch_has_no_start_on_latents(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("codalib.experiments.adapted.fit_quantizer", lambda *_: pytest.fail("started on latents"))
+    row = trials(tmp_path, data).trial("nearest, from scratch", 0.001, 1)
+    assert row["settings"]["adapters"] == "scratch"
+    assert row["test"]["posterior_noise"] == pytest.approx(0, abs=1e-6)
+    assert load_tokenizer(*(tmp_path / "work" / "tokenizers").iterdir()).num_tokens == 65
 
 
 def test_starts_for_both_kinds_are_asked_for(tmp_path, data):

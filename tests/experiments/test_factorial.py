@@ -1,12 +1,16 @@
 """The factorial of quantizers on a frozen VAE's latents."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from codalib import load_dataset, load_vae
-from codalib.experiments.factorial import METHODS, Factorial, FactorialData, factorial_claims
+from codalib.base.files import read_json
+from codalib.base.paths import project_folder
+from codalib.experiments.factorial import METHODS, PROTOCOL, Factorial, FactorialData, factorial_claims
+from codalib.experiments.trials import data_digest
 from codalib.training.settings import QuantizerSettings
 
 SETTINGS = QuantizerSettings(steps=4, batch_size=4, codebook_size=16, ema=0.0, checkpoint_every=100)
@@ -52,6 +56,22 @@ def test_a_finished_trial_is_read_and_not_fitted_again(tmp_path, data, monkeypat
     monkeypatch.setattr("codalib.experiments.factorial.fit_quantizer", lambda *_, **__: pytest.fail("fitted again"))
     assert factorial(tmp_path, data).trial(*cell) == first
     assert json.loads(next((tmp_path / "results").iterdir()).read_text())["test"] == first["test"]
+
+
+def test_the_committed_trials_are_found_by_name(monkeypatch):
+    """Ten hours of trials are in reports/: nothing that joins the settings may give them other names."""
+    monkeypatch.setattr("codalib.experiments.factorial.fit_quantizer", lambda *_, **__: pytest.fail("fitted again"))
+    folder = project_folder() / "reports/emoji-long/results/quantizer_factorial"
+    images = load_dataset("emoji", "train", 64), load_dataset("emoji", "val", 64)
+    data = SimpleNamespace(digest=data_digest(load_vae("emoji"), images, PROTOCOL, 0.1, 0, 64))
+    files = [read_json(file) for file in sorted(folder.glob("*.json"))]
+    assert len(files) > 100
+    for found in files:
+        own = {name: tuple(value) if isinstance(value, list) else value for name, value in found["settings"].items()}
+        settings = QuantizerSettings(**own, compile=True, gradient_checkpointing=True)
+        trials = Factorial(settings, data, folder, "nowhere", (500, 1000, 2000), {})
+        cell = found["method"], found["grid"], own["scales"], own["learning_rate"], own["entropy_weight"], own["seed"]
+        assert trials.trial(*cell) == found
 
 
 def test_a_start_from_data_is_ahead_of_a_random_one(data, tmp_path):

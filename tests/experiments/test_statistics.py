@@ -12,6 +12,7 @@ from codalib.experiments.statistics import (
     decide,
     group_means,
     holm,
+    over_seeds,
     p_value,
     resampled_means,
     smallest_gain,
@@ -80,6 +81,41 @@ def test_a_verdict_follows_from_the_gains(gains, verdict):
     assert (found["p"] is None) == (verdict == NOT_TESTED)
 
 
+def test_a_verdict_says_what_decides():
+    few = claim_verdict("residual_error", {"psnr": [0.3, 0.3]}, "up", "Detail.", "here")
+    assert few == {
+        "id": "residual_error",
+        "setting": "here",
+        "effect": "up",
+        "verdict": NOT_TESTED,
+        "p": None,
+        "parts": {},
+        "detail": "Detail. 2 seeds; a test takes 3.",
+    }
+    assert claim_verdict("residual_error", {"psnr": [0.3]}, "")["detail"] == "1 seed; a test takes 3."
+    reason = claim_verdict("residual_error", {"psnr": [0.3] * 3}, "", not_tested="No run.")
+    assert (reason["verdict"], reason["detail"]) == (NOT_TESTED, "No run.")
+    one = claim_verdict("residual_error", {"psnr": [0.2, 0.2, 0.2]}, "up", setting="here")
+    assert one["detail"].startswith("3 seeds; psnr: gain 0.2, 95 % from 0.2 to 0.2, p = ")
+    assert {name: one[name] for name in ("id", "setting", "effect")} == {
+        name: few[name] for name in few if name in ("id", "setting", "effect")
+    }
+    assert one["parts"]["psnr"] | {"p": 0} == {
+        "gain": pytest.approx(0.2),
+        "interval": [pytest.approx(0.2)] * 2,
+        "smallest": 0.1,
+        "p": 0,
+        "verdict": HOLDS,
+    }
+    parts = {"psnr: a": [0.3, 0.35, 0.25], "psnr: b": [0.3, 0.31, 0.29], "psnr: c": [-0.3, -0.31, -0.29]}
+    both = claim_verdict("ladder", {name: parts[name] for name in ("psnr: a", "psnr: b")}, "")
+    assert "of 2 parts psnr: a decides" in both["detail"]  # the less certain of those that hold
+    assert both["p"] == max(part["p"] for part in both["parts"].values())
+    bad = claim_verdict("ladder", parts, "")
+    assert "of 3 parts psnr: c decides" in bad["detail"]
+    assert bad["p"] == pytest.approx(min(1, 3 * bad["parts"]["psnr: c"]["p"]))
+
+
 def test_a_claim_in_parts_is_decided_part_by_part():
     good, bad, open_ = [0.3, 0.31, 0.29], [-0.3, -0.31, -0.29], [0.3, 0.9, -0.5]
     verdict = {
@@ -120,3 +156,19 @@ def test_group_means_are_each_groups_own():
     assert means.tolist() == [[2.0, 10 / 3], [0.0, 4 / 3]]
     with pytest.raises(ValueError, match="each of 4 images, got 3"):
         group_means([1.0, 2.0, 3.0, 4.0], ["a", "b", "b"])
+
+
+def test_rows_that_agree_become_their_means_and_spreads():
+    rows = [
+        {"method": "a", "rate": 1, "seed": 0, "psnr": 1.0, "note": "x", "gap": None, "same": 0.1},
+        {"method": "b", "rate": 1, "seed": 0, "psnr": 5.0, "note": "y", "gap": 2.0, "same": 0.1},
+        {"method": "a", "rate": 1, "seed": 1, "psnr": 3.0, "note": "x", "gap": 1.0, "same": 0.1},
+        {"method": "a", "rate": 2, "seed": 1, "psnr": 4.0, "note": "z", "gap": 1.0, "same": 0.1},
+    ]
+    first, second = over_seeds(rows)
+    numbers = {"psnr": pytest.approx(8 / 3), "psnr_std": pytest.approx(7**0.5 / 3**0.5), "same": 0.1, "same_std": 0.0}
+    spreads = {"rate": pytest.approx(4 / 3), "rate_std": pytest.approx(3**-0.5)}
+    assert first == {"method": "a", "seeds": 3, "note": None, "gap": None} | numbers | spreads
+    assert second == {"method": "b", "rate": 1.0, "seeds": 1, "psnr": 5.0, "note": "y", "gap": 2.0, "same": 0.1}
+    names = [(row["method"], row["rate"], row["seeds"], row["note"]) for row in over_seeds(rows, ("method", "rate"))]
+    assert names == [("a", 1, 2, "x"), ("b", 1, 1, "y"), ("a", 2, 1, "z")]

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from codalib.experiments.sweeps import BEST, GENERATORS, PAPER, check_sweep, sweep, write_rows
-from codalib.experiments.variants import generator_rows
+from codalib.experiments.sweeps import BEST, PAPER, check_sweep, read_rows, sweep, write_rows
 
 
 def test_every_rate_is_tried_once_and_two_are_trained_with_every_seed():
@@ -31,11 +30,11 @@ def test_trials_that_cannot_be_are_refused_before_any_work():
             check_sweep([0.1], seeds)
 
 
-def test_generators_on_several_tokenizers_are_found_again(tmp_path, monkeypatch):
+def test_trained_tokenizers_are_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
-    row = {"method": "CODA", "seed": 1, "tokenizer": "emoji", "generator": str(tmp_path / "x/coda/seed-1/generator")}
-    write_rows([row], tmp_path / "x", GENERATORS)
-    assert json.loads((tmp_path / "x" / "generators.json").read_text())[0]["generator"] == "coda/seed-1/generator"
-    assert generator_rows("x") == [row]
-    with pytest.raises(ValueError, match="the folder of 02_compare_tokenizers"):
-        generator_rows("y")
+    row = {"method": "CODA", "seed": 1, "tokenizer": str(tmp_path / "x/coda/seed-1/tokenizer")}
+    write_rows([row], tmp_path / "x")
+    assert json.loads((tmp_path / "x" / "variants.json").read_text())[0]["tokenizer"] == "coda/seed-1/tokenizer"
+    assert read_rows("x") == [row]
+    with pytest.raises(ValueError, match="the folder of 01_train_variants or 01_train_baselines"):
+        read_rows("y")

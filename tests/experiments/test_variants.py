@@ -3,18 +3,20 @@ import json
 import pytest
 
 from codalib.base.paths import runs_folder
-from codalib.experiments.sweeps import BEST, PAPER, VARIANTS, write_rows
+from codalib.datasets.images import load_dataset
+from codalib.evaluation.reconstruction import image_scores
+from codalib.experiments.sweeps import BEST, PAPER, write_rows
 from codalib.experiments.variants import (
+    TokenizerTrials,
     baseline_curves,
     baseline_rows,
     baseline_tokenizers,
-    pixel_error,
-    steps_to_reach,
     table_4_rows,
     tokenizer_variants,
     variant_row,
 )
-from codalib.training.settings import TokenizerSettings
+from codalib.models.checkpoints import load_tokenizer
+from codalib.training.settings import FitSettings, TokenizerSettings
 
 SETTINGS = TokenizerSettings(steps=1, batch_size=1, codebook_size=64)
 
@@ -41,7 +43,7 @@ def test_the_base_stands_in_each_table_and_a_variant_in_its_own(tmp_path, monkey
     variants = tokenizer_variants(SETTINGS, ["decoder"], [256], [None])
     rows = [variant_row(name, own, f"{name}/tokenizer") for name, own in variants.items()]
     settings = [[BEST, PAPER], [BEST], [BEST], []]  # of the base, the decoder, 256 codes and no norm
-    write_rows([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x", VARIANTS)
+    write_rows([row | {"settings": own} for row, own in zip(rows, settings, strict=True)], tmp_path / "x")
     found = [(row["table"], row["method"], row["setting"]) for row in table_4_rows("x")]
     best = [("4a", "both"), ("4a", "decoder"), ("4b", "64"), ("4b", "256"), ("4c", "rms")]
     assert found == [(*row, BEST) for row in best] + [(*row, PAPER) for row in (best[0], best[2], best[4])]
@@ -72,25 +74,13 @@ def test_baselines_have_a_quantizer_of_their_own_and_the_same_decoder_adapters()
         baseline_tokenizers(settings, ["pq"], levels=3, longer=6)
 
 
-def test_a_budget_is_the_steps_to_the_others_end():
-    def curve(method, seed, points):
-        return [{"method": method, "seed": seed, "steps": step, "val_psnr": value} for step, value in points]
-
-    fast = curve("fast", 0, [(5, 10.0), (10, 20.0)]) + curve("fast", 1, [(10, 30.0)])
-    slow = curve("slow", 0, [(20, 15.0), (40, 25.0), (60, 19.0)])
-    assert steps_to_reach(fast + slow, "slow", "fast") == ([3.0], True)  # at 30 steps, between 20 and 40
-    never = slow + curve("slow", 1, [(20, 15.0), (70, 29.0)])
-    assert steps_to_reach(fast + never, "slow", "fast") == ([3.0, 7.0], False)
-    assert steps_to_reach(fast, "slow", "fast") == ([], True)
-
-
 def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     common = {"method": "CODA", "seed": 0, "codebook_size": 8, "tokens": 5, "steps": 4, "seconds": 1.0}
     common |= {"operations_a_step": 1e15, "learning_rate": 0.1}
     settings = {"a": [], "b": [BEST], "c": [PAPER]}
     rows = [common | {"tokenizer": f"{name}/tokenizer", "settings": own} for name, own in settings.items()]
-    write_rows(rows, tmp_path / "x", VARIANTS)
+    write_rows(rows, tmp_path / "x")
     (tmp_path / "x/b").mkdir()
     lines = [{"step": 1, "l1": 1.0}, {"step": 2, "l1": 1.0, "val_psnr": 9.0}, {"step": 4, "l1": 1.0, "val_psnr": 11.0}]
     (tmp_path / "x/b/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -106,6 +96,24 @@ def test_the_chosen_trials_are_read_with_their_cost_and_curves(tmp_path, monkeyp
     assert [row["method"] for row in baseline_rows(None)] == ["CODA"]
 
 
-def test_trials_are_chosen_by_the_end_of_their_training():
-    log = [{"l1": 9.0, "l2": 9.0}] * 18 + [{"val_psnr": 1.0}] + [{"l1": 1.0, "l2": 2.0}, {"l1": 3.0, "l2": 4.0}]
-    assert pixel_error(log, SETTINGS) == pytest.approx((0.2 * 1 + 2 + 0.2 * 3 + 4) / 2)
+def test_rates_are_bracketed_on_images_of_their_own(tmp_path, monkeypatch):
+    train, choose = load_dataset("emoji", "train", 64, limit=24).split_groups(0.3)
+    val = load_dataset("emoji", "val", 64, limit=2)
+    small = TokenizerSettings(
+        steps=1, batch_size=2, codebook_size=8, scales=(8,), rank=2, perceptual_weight=0, adversarial_weight=0, ema=0
+    )
+    trials = TokenizerTrials("emoji", train, choose, val, tmp_path, FitSettings(), None, 1)
+    given = {5e-4: 0.5, 3e-4: 0.3, 1e-3: 0.2, 3e-3: 0.1, 9e-3: 0.4}
+    monkeypatch.setattr(TokenizerTrials, "choose_error", lambda self, place, own: given[own.learning_rate])
+    rows = trials.variants({"base": small}, [3e-4, 1e-3, 3e-3], [0, 1])
+    assert [(row["learning_rate"], row["seed"]) for row in rows] == [
+        *((rate, 0) for rate in (3e-4, 1e-3, 3e-3, 9e-3, 5e-4)),
+        (3e-3, 1),
+        (5e-4, 1),
+    ]
+    assert [row["settings"] for row in rows] == [[], [], [BEST], [], [PAPER], [BEST], [PAPER]]
+    monkeypatch.undo()
+    one = load_tokenizer(tmp_path / rows[0]["tokenizer"])
+    scores = image_scores(one, choose)[0]
+    expected = 0.2 * scores["l1"].mean() + scores["l2"].mean()
+    assert trials.choose_error(rows[0]["tokenizer"], small) == pytest.approx(expected.item())

@@ -83,8 +83,9 @@ STAGES = {
 
 
 def outcome(folder: Path) -> dict:
-    """What must be equal: the digests of the final files (weights, settings, shards), and the log but for its times."""
-    kept = [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and "checkpoints" not in p.parts]
+    """What must be equal: the digests of the final files (weights, settings, tokens), and the log but for its times."""
+    kinds = (".safetensors", ".json", ".npy")
+    kept = [p for p in folder.rglob("*") if p.suffix in kinds and "checkpoints" not in p.parts]
     files = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(kept)}
     rows = [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(folder)]
     return {"files": files, "log": rows}

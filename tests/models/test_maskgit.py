@@ -54,6 +54,24 @@ def test_a_preset_takes_other_settings_and_unknown_ones_raise():
         small(num_classes=2, text_dim=6)
 
 
+@pytest.mark.parametrize("latent_context", [False, True])
+def test_a_tokens_input_is_the_sum_of_what_is_known_of_it_and_logits_have_a_bias(latent_context):
+    values = torch.randn(K, 4, generator=torch.Generator().manual_seed(3))
+    model, seen = small(code_values=values, latent_context=latent_context), []
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    model.input_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokens, mask = batch()
+    tokens = tokens.masked_fill(mask, K)
+    model.features(tokens)
+    expected = model.code_embeddings(tokens) + model.levels.weight[token_levels(SCALES)] + model.positions
+    if latent_context:
+        expected = expected + model.context(model.known_latents(tokens))
+    assert torch.allclose(seen[0], expected, atol=1e-5)
+    x = torch.randn(3, 16)
+    assert torch.allclose(model.logits(x), x @ model.head_weight().T + model.head.bias, atol=1e-5)
+
+
 def test_sequences_are_levels_coarse_to_fine_and_back():
     levels = [torch.arange(p * p).view(1, p, p) + 100 * p for p in SCALES]
     tokens = join_levels(levels)
@@ -86,6 +104,8 @@ def test_masks_that_follow_levels_show_coarse_tokens_first():
         if not row.all():
             assert levels[~row].max() <= levels[row].min()
     both = sample_mask(2000, SCALES, coarse_first=0.5, generator=torch.Generator().manual_seed(0))
+    again = sample_mask(2000, SCALES, coarse_first=0.5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(both, again)  # every number is the generator's
     orderly = [row.all() or levels[~row].max() <= levels[row].min() for row in both]
     assert 0.5 < sum(orderly) / 2000 < 0.8
     with pytest.raises(ValueError, match="expected a mask ratio of cosine, beta"):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
 from codalib.models.quantizer_kinds import quantizer_from_config
-from codalib.models.ranking import confidence
+from codalib.models.ranking import confidence, rank_codes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantizer_mar.safetensors"
 SCALES = (1, 2, 3, 5)
@@ -185,6 +185,18 @@ def test_confidence_of_attention_is_its_softmax_and_of_vq_its_distance():
     rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
     expected = (rows[:, None] - single.codebooks.weight).norm(dim=2).sort(dim=1).values[:, :7]
     torch.testing.assert_close(confidence(single, x, top=7)[0].view(-1, 7), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("latent_type", [torch.float32, torch.bfloat16])
+def test_the_first_of_a_ranking_is_the_code_that_encode_takes_in_bfloat16_too(kind, latent_type):
+    q, x = small(kind), latents().to(latent_type)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ranked, tokens = rank_codes(q, x, top=3), q.encode(x)
+        for level, own in zip(ranked, tokens, strict=True):
+            assert level.scores.dtype == torch.float32
+            assert torch.equal(level.codes[..., 0], own)
 
 
 def test_tokens_of_the_released_pyramids():

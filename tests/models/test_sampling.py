@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 from codalib.base.seeds import sample_generators
 from codalib.models import sampling as sample
-from codalib.models.editing import keep_outside
+from codalib.models.editing import keep_outside, with_token
 from codalib.models.maskgit import MaskGIT, TextCondition
 from codalib.models.sampling import generate, guidance_at, unmask_counts
-from codalib.models.tokens import join_levels, token_levels
+from codalib.models.tokens import Tokens, join_levels, token_levels
 
 SCALES = (1, 2, 3, 4)  # 30 tokens
 K = 13
@@ -309,8 +309,30 @@ def test_a_box_hides_the_cells_that_meet_it():
     assert (kept[3][0] == -1).sum() == 2
     assert keep_outside(image, (0.0, 0.0, 0.5, 0.25))[0].item() == -1
     assert all((level == 0).all() for level in image)  # the caller's own stay as they are
-    with pytest.raises(ValueError, match="expected a box with 0 <= top < bottom <= 1"):
-        keep_outside(image, (0.5, 0, 0.5, 1))
+    for box in ((0.5, 0, 0.5, 1), (-0.1, 0, 1, 1), (0, 0, 1.1, 1), (0, 0.5, 1, 0.5), (0, -0.1, 1, 1), (0, 0, 1, 1.1)):
+        with pytest.raises(ValueError, match="expected a box with 0 <= top < bottom <= 1"):
+            keep_outside(image, box)
+    assert keep_outside(image, (0.0, 0.0, 1.0, 1.0))[3].eq(-1).all()
+
+
+def test_one_token_is_changed_or_masked_and_a_place_outside_is_refused():
+    tokens = Tokens([torch.zeros(2, p, p, dtype=torch.long) for p in SCALES], K)
+    changed = with_token(tokens, 2, 1, 0, K - 1)
+    assert [(level == K - 1).nonzero().tolist() for level in changed] == [[], [], [[0, 1, 0], [1, 1, 0]], []]
+    assert changed.codebook_size == K
+    assert all((level == 0).all() for level in tokens)
+    assert with_token(tokens, 0, 0, 0, -1)[0].tolist() == [[[-1]], [[-1]]]
+    for place, message in (
+        ((-1, 0, 0, 0), "a level from 0 to 3, got -1"),
+        ((4, 0, 0, 0), "a level from 0 to 3, got 4"),
+        ((2, 3, 0, 0), "row and column from 0 to 2 at level 2, got 3 and 0"),
+        ((2, 0, 3, 0), "row and column from 0 to 2 at level 2, got 0 and 3"),
+        ((2, 0, -1, 0), "row and column from 0 to 2 at level 2, got 0 and -1"),
+        ((2, 0, 0, K), f"a code from -1 \\(masked\\) to {K - 1}, got {K}"),
+        ((2, 0, 0, -2), f"a code from -1 \\(masked\\) to {K - 1}, got -2"),
+    ):
+        with pytest.raises(ValueError, match=f"^expected {message}$"):
+            with_token(tokens, *place)
 
 
 @pytest.mark.parametrize(

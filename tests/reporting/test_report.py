@@ -4,6 +4,7 @@ import subprocess
 
 import pandas as pd
 import pytest
+import torch
 from bs4 import BeautifulSoup
 
 from codalib.base.files import read_json, write_json
@@ -11,6 +12,7 @@ from codalib.base.paths import reports_folder
 from codalib.experiments.paper import CLAIMS, TABLE_1
 from codalib.experiments.statistics import claim_verdict
 from codalib.reporting import figures, report
+from codalib.reporting.levels import level_slider
 from codalib.reporting.tables import beside_paper
 from codalib.workflow.manifest import Run
 
@@ -31,10 +33,12 @@ def profile(tmp_path, monkeypatch):
         run.folder / "t.csv", index=False
     )
     files = figures.save_figure(figures.ablation_bars(rows, ["psnr"]), run.folder, "ladder")
+    images = torch.zeros(1, 3, 8, 8)
+    (run.folder / "slider.html").write_text(level_slider(images, {"ours": [images]}, (1, 2)))
     run.finish(
         {
             "tables": [{"file": "t.csv", "title": "Table 1", "caption": HOSTILE}],
-            "figures": [{**files, "caption": HOSTILE, "alt": 'Bars that "rise".'}],
+            "figures": [{**files, "html": "slider.html", "caption": HOSTILE, "alt": 'Bars that "rise".'}],
             "claims": [
                 claim_verdict("residual_error", {"quantization_error": [0.5, 0.51, 0.52]}, "0.2 → 0.1"),
                 claim_verdict("attention_error", {"quantization_error": [-0.5, -0.51, -0.52]}, "0.1 → 0.2"),
@@ -108,9 +112,13 @@ def test_the_runs_numbers_stand_beside_the_papers(soup):
 
 
 def test_every_picture_is_inside_the_page_and_has_its_alternative(soup):
-    assert [image["alt"] for image in soup.find_all("img")] == ['Bars that "rise".']
-    assert all(image["src"].startswith("data:image/png;base64,") for image in soup.find_all("img"))
+    assert [image["alt"] for image in soup.select("figure > img")] == ['Bars that "rise".']
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in soup.find_all("img"))
     assert not soup.select("link[href^=http], script[src]")
+
+
+def test_a_figures_slider_stands_with_it(soup):
+    assert [image["alt"] for image in soup.select("figure .levels img")] == ["image", "ours, 71.0 dB"]
 
 
 def test_names_from_outside_stand_as_they_are(soup):
@@ -164,14 +172,25 @@ def test_one_page_leads_to_every_profile(soup, profile):
     assert soup.select_one("p.home a")["href"] == "../index.html"
     report.build("smoke")
     front = BeautifulSoup((reports_folder() / "index.html").read_text(), "html.parser")
-    links = {link.get_text(): link["href"] for link in front.select("td a")}
+    links = {link.get_text(): link["href"] for link in front.table.select("td a")}
     assert links == {name: f"{name}/index.html" for name in ("bench", profile, "smoke")}
     lines = {
-        row.td.get_text(): [cell.get_text() for cell in row.find_all("td")[1:]] for row in front.select("tbody tr")
+        row.td.get_text(): [cell.get_text() for cell in row.find_all("td")[1:]]
+        for row in front.table.select("tbody tr")
     }
     assert "quantizers" in lines["bench"][0]
     assert lines["smoke"][0].startswith("Every notebook as it is")
     assert lines[profile][1:3] == ["3", "1 holds, 1 does not hold, 1 is undecided"]
+
+
+def test_the_front_page_lists_every_verdict_with_what_it_can_be_found_by(soup, profile):
+    front = BeautifulSoup((reports_folder() / "index.html").read_text(), "html.parser")
+    table = front.find("h2", string="All verdicts").find_next("table")
+    rows = [[cell.get_text() for cell in row.select("td")] for row in table.select("tbody tr")]
+    title = CLAIMS["residual_error"].title
+    assert [title, "–", "Holds", "0.2 → 0.1", profile, "table1", "3"] in rows  # noqa: RUF001
+    assert len(rows) == 3
+    assert table.a["href"] == f"{profile}/index.html#claim-{soup.select_one('.claims li')['id'].removeprefix('claim-')}"
 
 
 def test_a_verdict_that_no_rule_gives_is_refused(profile, tmp_path):

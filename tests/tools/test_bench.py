@@ -3,6 +3,8 @@
 import re
 import subprocess
 import warnings
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -94,6 +96,26 @@ def test_a_case_that_fails_is_told(monkeypatch, status, state):
     else:
         with pytest.raises(RuntimeError, match=r"step-tiled-8-1-tiny-cpu ended with status 1:\nValueError: no such"):
             bench._measure_apart(Case("step", "tiled", 8, 1, "tiny"), 1)
+
+
+def test_a_case_that_the_gpu_has_no_memory_for_says_so_and_the_next_goes_on(monkeypatch, tmp_path):
+    def measure(case, repeats):
+        if case.codes == 96:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return {"state": "measured", "seconds": 1.0}
+
+    def here(command, **_):  # in place of a process of its own
+        return subprocess.CompletedProcess(command, bench.main(command[4:]), stderr="")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    own = SimpleNamespace(run=here, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(bench, "subprocess", own)
+    rates = {"task": "rates", "device": "cpu", "rates": {"products": 1e9, "exponentials": 1e9}}
+    cases = [Case("compiling", "compiled", 96, 1, "tiny"), *(Case("step", "tiled", n, 1, "tiny") for n in (96, 48))]
+    rows = run(cases, tmp_path)
+    assert [row["state"] for row in rows] == ["out of memory", "out of memory", "measured"]
+    write_rows([asdict(Case("rates", "rates", 96, 1, "tiny")) | rates, *rows], tmp_path)
+    assert pd.read_csv(tmp_path / "results.csv")["state"].tolist() == ["out of memory", "measured"]
 
 
 def test_a_machine_without_a_compiler_has_no_compiled_numbers(monkeypatch):

@@ -42,6 +42,10 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does():
     measured(batch_size=16).check_memory()
     with pytest.raises(DoesNotFit, match=r"batch_size 17 takes about 19\.0 GiB.*20\.0 GiB.*batch_size 16 fits"):
         measured(batch_size=17).check_memory()
+    with pytest.raises(DoesNotFit, match=r"batch_size 16 fits; with gradient_checkpointing batch_size 32 fits$"):
+        measured(batch_size=17, bytes_checkpointed=GIB // 2).check_memory()
+    with pytest.raises(DoesNotFit, match=r"batch_size 16 fits$"):
+        measured(batch_size=17, bytes_checkpointed=GIB).check_memory()
     with pytest.raises(DoesNotFit, match="smaller resolution"):
         measured(free_bytes=3 * GIB).check_memory()
 
@@ -66,7 +70,7 @@ def test_a_few_real_steps_are_measured_and_leave_nothing(tmp_path):
     found = estimate(fit, settings, vae, train, tmp_path / "estimate")
     assert not (tmp_path / "estimate").exists()
     assert found.seconds_a_step > found.seconds_a_fit_step > 0
-    assert 2**20 < found.bytes_an_image < found.fixed_bytes < found.free_bytes
+    assert 2**20 < found.bytes_checkpointed < found.bytes_an_image < found.fixed_bytes < found.free_bytes
     found.check_memory()
 
 

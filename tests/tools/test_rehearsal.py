@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from codalib.base.files import read_json
@@ -73,6 +74,11 @@ def test_a_rehearsal_of_a_papers_profile_on_a_tiny_vae(nothing_here, monkeypatch
     assert ahead["images_a_step"] == 8 * 4 * 2
     hours = {row["steps"]: row["gpu_hours"] for row in ahead["rows"]}
     assert hours == pytest.approx({n: work * 64 * n / (100e12 * 0.5) / 3600 for n in (25_020, 50_000)})
+
+    # The tiny VAE's step is the losses' networks' for the most part, which keep theirs.
+    assert 0 < found["saved_by_checkpointing"] < found["kept_for_backward"]
+    saved = ahead["gpu_memory_bytes"] - ahead["gpu_memory_bytes_checkpointed"]
+    assert saved == pytest.approx(8 * rehearse.AUTOCAST_FACTOR * found["saved_by_checkpointing"], abs=16)
 
     text = page(found)
     assert (folder / "rehearsal.md").read_text() == text + "\n"
@@ -178,6 +184,33 @@ def test_kept_for_backward_counts_each_storage_once_and_no_parameter():
     leaf = x.detach().requires_grad_(True)
     (plain(leaf) ** 2).exp().sum().backward()
     torch.testing.assert_close(leaf.grad, x.grad)
+
+
+def test_the_memory_of_a_step_is_its_peak_above_what_was_there_before():
+    class Steps(nn.Module):
+        def forward(self, x, checkpointed):
+            for _ in range(4):  # tanh keeps its result, exp its own; one more lives while it is made
+                x = checkpoint(self.two, x, use_reentrant=False) if checkpointed else self.two(x)
+            return x
+
+        def two(self, x):
+            return x.tanh().exp()
+
+    leaf, unit = torch.randn(1000, requires_grad=True), 4000
+    most = []
+    for checkpointed in (False, True):
+        leaf.grad = None
+        with counting.StepMemory(Steps) as memory:
+            before = torch.zeros(10**6)
+            steps = Steps()
+            steps(leaf, checkpointed).sum().backward()
+            del before
+            with torch.no_grad():
+                steps(leaf, False)  # no training step
+        most.append(memory.most / unit)
+        assert memory.bytes <= 1.1 * unit  # the gradient
+    assert 9 <= most[0] <= 12  # 8 results, gradients on the way
+    assert 6 <= most[1] <= 9  # 4 inputs, 2 results, gradients on the way
 
 
 def test_training_from_scratch_takes_more_operations_than_adapting():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -42,15 +43,15 @@ def test_encode_writes_every_image_and_goes_on_where_it_stopped(encoded, caplog)
     tokenizer = load_tokenizer("emoji-small")
     assert cache.indices.shape == (LIMIT, tokenizer.num_tokens)
     assert cache.codebook_size == tokenizer.quantizer.codebook_size
-    (shard,) = (encoded / "shards").iterdir()
-    written, time = shard.read_bytes(), shard.stat().st_mtime_ns
+    column = encoded / "columns" / "indices.npy"
+    written, time = column.read_bytes(), column.stat().st_mtime_ns
     assert encode(encoded) == 0
-    assert shard.stat().st_mtime_ns == time  # it was there: not encoded again
-    shard.unlink()
+    assert column.stat().st_mtime_ns == time  # it was there: not encoded again
+    shutil.rmtree(column.parent)
     assert decode(encoded, encoded.parent / "none") == 1
-    assert "lacks 1 of its 1 shards" in caplog.text
+    assert "indices.npy cannot be read" in caplog.text
     assert encode(encoded) == 0
-    assert shard.read_bytes() == written
+    assert column.read_bytes() == written
     assert encode(encoded, "--seed", "1") == 1  # other settings, another folder
 
 
@@ -86,7 +87,7 @@ def test_a_count_below_one_is_refused(tmp_path, option, capsys):
     assert "expected a whole number above 0, got '0'" in capsys.readouterr().err
 
 
-def test_the_table_holds_what_the_shards_hold_and_says_what_it_means(encoded):
+def test_the_table_holds_what_the_cache_holds_and_says_what_it_means(encoded):
     assert encode(encoded, "--parquet") == 0
     table, cache = pq.read_table(encoded / tokens.PARQUET), TokenCache.open(encoded)
     about = json.loads(table.schema.metadata[b"codalib"])

@@ -24,7 +24,7 @@ from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.settings import TokenizerSettings
 from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer
-from codalib.training.trainer import read_log
+from codalib.training.trainer import Trainer, read_log
 
 
 def gradients(model, images):
@@ -131,3 +131,38 @@ def test_gradients_are_averaged_once_a_step(tmp_path):
         apart, each_time = json.loads((tmp_path / f"{rank}.json").read_text())
         assert apart == {"tokenizer": 1, "discriminator": 1}
         assert each_time["tokenizer"] >= 4
+
+
+def stop_and_go_on(folder):
+    """Two steps at once, and two with a stop between them; the weights and the discriminator's state of this rank."""
+    settings = TokenizerSettings(
+        steps=2, batch_size=2, codebook_size=32, scales=SCALES, rank=2, checkpoint_every=1, weight_decay=0.0
+    )
+    data = load_dataset("emoji", "train", 64, limit=8), load_dataset("emoji", "val", 64, limit=2)
+
+    def stage(name):
+        return TokenizerStage(settings, load_vae("emoji"), *data, folder / name, None)
+
+    stopped, save = stage("stopped"), Trainer.save
+
+    def save_and_stop(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(Trainer, "save", save_and_stop), contextlib.suppress(KeyboardInterrupt):
+        stopped.trainer.run(stopped, "stopped")
+    for name in ("whole", "stopped"):
+        one = stage(name)
+        one.trainer.run(one, name)
+        state = {f"tokenizer.{key}": value for key, value in one.tokenizer.state_dict().items()}
+        state |= {f"discriminator.{key}": value for key, value in one.discriminator.state_dict().items()}
+        save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / f"{name}-{one.rank}")
+
+
+def test_two_processes_go_on_as_if_they_had_never_stopped(tmp_path):
+    launch(stop_and_go_on, 2, tmp_path)
+    wanted = load_file(tmp_path / "whole-0")
+    assert any("running_mean" in name for name in wanted)
+    for name in ("whole-1", "stopped-0", "stopped-1"):
+        found = load_file(tmp_path / name)
+        assert [key for key, value in wanted.items() if not torch.equal(value, found[key])] == [], name

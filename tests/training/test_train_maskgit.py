@@ -4,21 +4,32 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from codalib.base.files import write_json
 from codalib.base.seeds import sample_generators
 from codalib.datasets.images import load_dataset
 from codalib.datasets.text import TextEncoder
-from codalib.datasets.token_cache import CAPTIONS, CODES, MANIFEST, SHARDS, TokenCache
+from codalib.datasets.token_cache import CAPTIONS, CODES, MANIFEST, SHARDS, CacheMismatch, TokenCache
 from codalib.models.baselines import ResidualNearestQuantizer
-from codalib.models.checkpoints import load_vae
+from codalib.models.checkpoints import load_tokenizer, load_vae
 from codalib.models.maskgit import MaskGIT
 from codalib.models.masks import sample_mask
 from codalib.models.sampling import generate
 from codalib.models.tokens import join_levels
-from codalib.training.maskgit import condition_from, metrics_from, parameter_groups, train_maskgit, validation_sums
-from codalib.training.settings import MaskGITSettings
+from codalib.training.maskgit import (
+    condition_from,
+    encode_splits,
+    find_start,
+    last_metrics,
+    metrics_from,
+    parameter_groups,
+    train_and_save,
+    train_maskgit,
+    validation_sums,
+)
+from codalib.training.settings import EncodingSettings, MaskGITSettings
 from codalib.training.trainer import Trainer, read_log
 
 SCALES = (1, 2, 3)  # 14 tokens
@@ -92,6 +103,7 @@ def test_losses_and_accuracies_per_level_are_logged(trained, caches):
     assert not names & rows[0].keys()
     assert trained[0].info == {"tokenizer": "abc", "classes": ["a", "b", "c"], "dataset": "test", "text_encoder": None}
     assert not trained[0].training
+    assert not any(p.requires_grad for p in trained[0].parameters())
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trained, caches, tmp_path, monkeypatch):
@@ -146,6 +158,7 @@ def test_a_step_updates_all_parameters_at_its_last_micro_batch(caches, tmp_path,
 
     def noted(self, loss, terms, name, parameters, last):
         assert {id(p) for p in parameters} == {id(p) for p in self.module.parameters()}
+        assert self.optimizers[name].param_groups[0]["betas"] == (0.9, 0.96)
         lasts.append(last)
         update(self, loss, terms, name, parameters, last)
 
@@ -220,6 +233,51 @@ def test_validation_looks_at_each_image_once(tmp_path, trained):
     sums = validation_sums(trained[0], twice, lambda batch: batch["label"], 4)
     mask = torch.cat([sample_mask(1, SCALES, generator=own) for own in sample_generators(0, range(4))])
     assert sums[:, 2].sum() == mask.sum()
+
+
+def test_both_splits_are_encoded_and_only_the_training_images_have_views(tmp_path):
+    encoding, settings = EncodingSettings(views=2, flip=True), dataclasses.replace(SMALL, seed=5)
+    folders = tmp_path / "train", tmp_path / "val"
+    encode_splits("emoji-small", "emoji", folders, (3, 2), encoding, settings, 1)
+    train, val = map(TokenCache.open, folders)
+    assert (len(train), len(val)) == (6, 2)
+    told = {name: (train.manifest[name], val.manifest[name]) for name in ("views", "flip", "seed", "random_crop")}
+    assert told == {"views": (2, 1), "flip": (True, False), "seed": (5, 5), "random_crop": (False, False)}
+    assert train.manifest["content"] != val.manifest["content"]
+    crops = tmp_path / "crops", tmp_path / "val"
+    encode_splits("emoji-small", "emoji", crops, (3, 2), dataclasses.replace(encoding, random_crop=True), settings, 1)
+    assert TokenCache.open(crops[0]).manifest["random_crop"]
+
+
+def test_what_a_process_trains_is_saved_in_the_type_that_is_asked_for(caches, tmp_path):
+    train, val = (cache.folder for cache in caches)
+    train_and_save(SMALL, train, val, tmp_path, dtype="float32")
+    again = weights(train_maskgit(SMALL, *caches, tmp_path / "again"))
+    saved = load_file(tmp_path / "generator" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in again.items() if name in saved)
+    train_and_save(SMALL, train, val, tmp_path / "on", start=tmp_path / "generator")
+    assert load_file(tmp_path / "on/generator/model.safetensors").popitem()[1].dtype == torch.float16
+    from_it = train_maskgit(
+        SMALL, *caches, tmp_path / "on-again", start=MaskGIT.from_pretrained(tmp_path / "generator")
+    )
+    on = MaskGIT.from_pretrained(tmp_path / "on" / "generator")
+    assert all(torch.allclose(value, weights(on)[name], atol=1e-3) for name, value in weights(from_it).items())
+
+
+def test_a_start_belongs_to_the_tokenizer():
+    small = load_tokenizer("emoji-small")
+    assert find_start(None, small) is None
+    assert MaskGIT.from_pretrained(find_start("emoji-class", small)).num_tokens == 149
+    with pytest.raises(CacheMismatch, match="trained on the tokens of the tokenizer"):
+        find_start("emoji-class", load_tokenizer("emoji"))
+
+
+def test_the_last_metrics_are_the_last_validations(trained):
+    log = [{"step": 1, "val_loss": 3.0, "val_accuracy": 0.1, "seconds": 1.0}]
+    log += [{"step": 2, "val_loss": 2.0, "val_accuracy": 0.2, "seconds": 2.0}, {"step": 3, "loss": 1.0, "seconds": 4.0}]
+    size = sum(p.numel() for p in trained[0].parameters())
+    expected = {"val_loss": 2.0, "val_accuracy": 0.2, "training_seconds": 4.0, "parameters": size}
+    assert last_metrics(log, trained[0]) == expected
 
 
 def test_weight_decay_falls_on_matrices_alone(caches):

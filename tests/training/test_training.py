@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from codalib.base.processes import make_accelerator
 from codalib.datasets.images import load_dataset
@@ -20,10 +21,17 @@ from codalib.models.loss_weights import LossWeights, adaptive_weight
 from codalib.models.losses import generator_hinge, reconstruction_terms, weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer, outline
-from codalib.training.settings import SCRATCH, LoopSettings, PretrainSettings, QuantizerSettings, TokenizerSettings
+from codalib.training.settings import (
+    SCRATCH,
+    FitSettings,
+    LoopSettings,
+    PretrainSettings,
+    QuantizerSettings,
+    TokenizerSettings,
+)
 from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer
 from codalib.training.trainer import RampedEMA, Stage, TimeLimit, Trainer, checksum, learning_rate_factor, read_log
-from codalib.training.vae import pretrain_vae
+from codalib.training.vae import build_autoencoder, latent_std, pretrain_vae
 
 SCALES = (1, 2, 4, 8)
 SMALL = TokenizerSettings(
@@ -139,6 +147,7 @@ def test_fitting_a_quantizer_lowers_its_error(vae, images, tmp_path):
     fit_quantizer(settings, latents, tmp_path, latents)
     rows = read_log(tmp_path)
     assert rows[-1]["quantization"] < 0.7 * rows[0]["quantization"]
+    assert all(row["loss"] == pytest.approx(row["quantization"] + 0.05 * row["entropy"], rel=1e-5) for row in rows)
     assert 0 < rows[-1]["utilization"] <= 1
 
 
@@ -160,6 +169,64 @@ def test_pretraining_sets_the_latent_scale(images, tmp_path):
     assert vae.encode(images[1][0]["image"][None]).shape == (1, 16, 8, 8)
     assert vae.scale != 1
     assert "val_psnr" in read_log(tmp_path)[0]
+
+
+def test_pretraining_steps_once_a_step_on_all_weights(images, tmp_path, monkeypatch):
+    update, calls = Trainer.update, []
+
+    def noted(self, loss, terms, name, parameters, last):
+        group = self.optimizers[name].param_groups[0]
+        assert {id(p) for p in parameters} == {id(p) for p in group["params"]}
+        calls.append((name, last, group["lr"], group["betas"], group["weight_decay"]))
+        update(self, loss, terms, name, parameters, last)
+
+    monkeypatch.setattr(Trainer, "update", noted)
+    settings = PretrainSettings(
+        steps=1, batch_size=1, accumulation=2, widths=(8, 8, 8, 8), learning_rate=0.01, weight_decay=0.3
+    )
+    pretrain_vae(settings, *images, tmp_path)
+    assert calls == [("VAE", last, 0.01, (0.9, 0.99), 0.3) for last in (False, True)]
+
+
+def test_a_vae_that_goes_on_gets_the_scale_of_its_own_latents(vae, images, tmp_path):
+    assert build_autoencoder(PretrainSettings(steps=1, batch_size=1), 64).config.scaling_factor == 1.0
+    settings = PretrainSettings(steps=1, batch_size=2, learning_rate=0.0, ema=0.0)
+    again = pretrain_vae(settings, *images, tmp_path, start=vae)
+    assert vae.scale != 1
+    assert again.scale == pytest.approx(vae.scale / latent_std(vae, images[0], 2), rel=1e-4)
+
+
+def test_snapshots_are_the_weights_after_so_many_steps(vae, images, tmp_path):
+    latents = encode_images(vae, images[0], 4, batch_size=4)
+    settings = QuantizerSettings(steps=2, batch_size=2, codebook_size=8, scales=SCALES, ema=0.0, start="data")
+    after = {}
+    for steps in (1, 2):
+        own = dataclasses.replace(settings, steps=steps, final_learning_rate=1.0)
+        after[steps] = fit_quantizer(own, latents, tmp_path / str(steps), snapshots=range(steps)).state_dict()
+    start, one = (load_file(tmp_path / "2" / f"snapshot-{step}.safetensors") for step in (0, 1))
+    assert not (tmp_path / "1" / "snapshot-1.safetensors").exists()
+    assert all(torch.equal(one[name], value) for name, value in after[1].items())
+    assert any(not torch.equal(start[name], value) for name, value in one.items())
+    with pytest.raises(ValueError, match=r"snapshots after \[2\] steps asked for, expected from 0 to below 2"):
+        fit_quantizer(settings, latents, tmp_path, snapshots=[0, 2])
+
+
+def test_the_start_on_latents_has_settings_of_its_own():
+    own = dataclasses.replace(SMALL, seed=7, norm="layer", quantization_weight=0.1, entropy_weight=0.3)
+    fit = FitSettings(fit_steps=9, fit_batch_size=4, fit_learning_rate=0.02, fit_entropy_weight=0.01).quantizer(own, 5)
+    given = {"seed": 7, "norm": "layer", "scales": SCALES, "codebook_size": 32, "checkpoint_every": 1}
+    changed = {"steps": 9, "batch_size": 4, "learning_rate": 0.02, "entropy_weight": 0.01, "log_every": 5}
+    fixed = {"quantization_weight": 1.0, "accumulation": 1, "ema": 0.0, "evaluate_every": 0}
+    for name, value in (given | changed | fixed).items():
+        assert getattr(fit, name) == value, name
+
+
+def test_the_last_level_is_the_latent_grid():
+    SMALL.check_grid(8)
+    with pytest.raises(
+        ValueError, match=r"^expected scales that end with 16, the latent grid's side, got \(1, 2, 4, 8\)$"
+    ):
+        SMALL.check_grid(16)
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine():

@@ -18,6 +18,37 @@ class Settings:
     norm: str | None = "rms"
 
 
+def test_the_memory_of_launched_processes_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    hardware.note_peaks(0, {"peak_memory_bytes": 2**60, "peak_gpu_memory_bytes": 2**60})  # of an earlier run
+    run = Run("smoke/ranks", "00_stage", {}, 0)
+    for rank, gpu in ((1, 5 * 2**30), (0, 6 * 2**30)):
+        hardware.note_peaks(rank, {"peak_memory_bytes": 2**20, "peak_gpu_memory_bytes": gpu})
+    manifest = run.finish()
+    hardware.RANK_PEAKS.clear()
+    assert [own["peak_gpu_memory_bytes"] // 2**30 for own in manifest["ranks"]] == [6, 5]
+    assert manifest["peak_gpu_memory_bytes"] == 6 * 2**30
+    assert 2**20 < manifest["peak_memory_bytes"] < 2**50
+
+
+def test_how_a_gpu_computes_is_set_and_recorded_once_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    monkeypatch.setattr(hardware, "_gpu", lambda query: "a GPU" if query == "get_device_name" else 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as another library may leave it
+    try:
+        run = Run("smoke/gpu", "00_stage", {}, 0)
+        assert run.manifest["machine"]["tf32"] == {"matrix products": True, "convolutions": True}
+        assert hardware.compute_device() == "cuda"
+        assert torch.backends.cudnn.benchmark
+        assert run.finish()["machine"]["tf32"] == {"matrix products": False, "convolutions": True}
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
@@ -56,6 +87,7 @@ def test_a_run_is_recorded_from_its_start_to_its_end(tmp_path, monkeypatch):
     assert manifest["state"] == "finished"
     assert manifest["seconds"] >= 0
     assert manifest["peak_memory_bytes"] > 10_000_000
+    assert manifest["ranks"] == []
     assert manifest["results"]["metrics"]["psnr"] == 30
 
 
