@@ -207,7 +207,7 @@ def test_smoke_changes_nothing():
 def snakemake_says(project, *arguments):
     """What snakemake writes in a project of its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CODALIB_")}
-    cores = [] if "--jobs" in arguments else ["--cores", "all"]
+    cores = [] if "--cores" in arguments else ["--cores", "all"]
     command = [sys.executable, "-m", "snakemake", *cores, "--nolock", "--rerun-incomplete", *arguments]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -293,7 +293,7 @@ def test_on_a_cluster_each_stage_is_a_job_of_its_resources(project):
     profile = project / "profiles" / "tiny.yaml"
     before = profile.read_text()
     profile.write_text(before + "resources:\n  all: {memory: 16}\n  01_second: {gpus: 8, cores: 64, hours: 1.5}\n")
-    arguments = "-n", "--forceall", "--jobs", "2", "--config", "profile=tiny", "cluster=true"
+    arguments = "-n", "--forceall", "--cores", "99", "--config", "profile=tiny", "cluster=true"
     said = snakemake_says(project, *arguments)
     jobs = {re.search(r"output: runs/tiny/(\w+)", job)[1]: job for job in said.split("\nrule stage:")[1:]}
     second, first = jobs["01_second"], jobs["00_first"]
