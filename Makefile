@@ -2,6 +2,7 @@
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
 #   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side, each in one thread
 #   make test-gpu                    the tests that need a GPU, on one; `make test` hides all of them
+#   make test-slurm                  a profile on a real Slurm of this machine, where it is installed and nothing is set up
 #   make lab                         JupyterLab on notebooks/start_here.ipynb
 #   make mutants [ONLY='codalib.models.sampling*']   which small wrong changes to the science the tests let live (hours
 #                                    for all of it; goes on where it stopped); `mutmut show NAME` prints one
@@ -29,7 +30,7 @@ ONLY ?=
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lock reproduce test test-gpu mutants lab bench faults fetch rehearse docs notebooks clean
+.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse docs notebooks clean
 
 setup: $(STAMP)
 
@@ -66,6 +67,10 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	CODALIB_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests
+
+test-slurm: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable ".[test,cluster]"
+	$(BIN)/python tests/slurm/proof.py
 
 # mutmut works in a copy, mutants/, and changes no decorated function (`generate`, psnr) and no constant: change those by
 # hand. The table counts each file's mutants by what became of them.

@@ -1,5 +1,7 @@
 """The order of the notebooks under one profile: `snakemake --cores all --config profile=emoji` (`make reproduce`).
 
+`codalib run --executor slurm` adds `cluster=true`: then each stage is a job of what its profile's `resources` say.
+
 A stage runs again when its notebook, the profile's values for it, a module that shapes its numbers, its data or a stage
 before it has changed. Its checkpoints are nobody's output, so that an interrupted stage finds them and goes on.
 """
@@ -9,12 +11,13 @@ import sys
 
 from codalib.base.paths import MANIFEST, reports_folder, runs_folder
 from codalib.workflow.dependencies import library_files
-from codalib.workflow.profiles import profile_section, profile_stages
+from codalib.workflow.profiles import profile_resources, profile_section, profile_stages
 
 PROFILE = config.get("profile", "emoji")
 RUNS = os.path.relpath(runs_folder(PROFILE))
 REPORTS = os.path.relpath(reports_folder(PROFILE))
 PYTHON = sys.executable
+CLUSTER = config.get("cluster", False)
 
 ORDER = [
     "start_here",
@@ -57,6 +60,17 @@ def files(folder, *endings):
     return sorted(path for path in found if path.endswith(endings))
 
 
+def resources(stage):
+    return profile_resources(PROFILE, stage).for_snakemake() if CLUSTER else {}
+
+
+def of_stage(name):
+    return lambda wildcards: resources(wildcards.stage).get(name)
+
+
+ASKED = ("gpu", "mem_mb", "runtime", "slurm_partition", "slurm_account", "nodes") if CLUSTER else ()
+
+
 wildcard_constraints:
     stage="|".join(STAGES),
 
@@ -79,7 +93,10 @@ rule stage:
         page=REPORTS + "/{stage}.html",
     params:
         values=lambda wildcards: profile_section(PROFILE, wildcards.stage),
-    threads: workflow.cores  # one stage at a time, with the whole machine
+    # On one machine one stage at a time, with all of it.
+    threads: lambda wildcards: profile_resources(PROFILE, wildcards.stage).cores if CLUSTER else workflow.cores
+    resources:
+        **{name: of_stage(name) for name in ASKED},
     shell:
         "{PYTHON:q} -m codalib run {input.notebook:q} --profile {PROFILE:q}"
 
@@ -96,5 +113,8 @@ rule report:
         page=f"{REPORTS}/report.html",
     params:
         values=profile_section(PROFILE, "report"),
+    threads: profile_resources(PROFILE, "report").cores if CLUSTER else 1
+    resources:
+        **{name: value for name, value in resources("report").items() if value is not None},
     shell:
         "{PYTHON:q} -m codalib run {input.notebook:q} --profile {PROFILE:q}"

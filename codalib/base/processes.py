@@ -1,11 +1,24 @@
-"""Run one function on several processes of this machine, one a GPU, from a notebook or a script."""
+"""Run one function on several processes, one a GPU, from a notebook or a script: of this machine, or of several.
+
+On several machines a launcher starts the `codalib` command once a process, see `base.team`.
+"""
 
 import copy
+import hashlib
+import json
 import logging
 import os
+import pickle
+import secrets
+import shutil
+import signal
 import socket
+import sys
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,11 +26,20 @@ import torch.distributed
 import torch.multiprocessing
 from accelerate import Accelerator
 from torch import nn
+from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
-from codalib.base.files import read_json, write_json
+from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.hardware import note_peaks, peaks, set_up_gpu
+from codalib.base.paths import runs_folder
+from codalib.base.team import TEAM, Place, Team, TeamError, check_environment, check_processes
 
 log = logging.getLogger(__name__)
+
+PATIENCE = timedelta(days=1)  # for a process that works alone while others wait; a dead one is noticed at once
+DISK = 30.0  # s: until what one machine wrote is seen by all
+SETTLE = 3.0  # s: until the process that failed first has said so
+CALLS, CALL = ".calls", "call.pickle"  # below the runs: what rank 0 hands out to other machines
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # what another's end looks like
 
 
 def launch(function: Callable[..., None], processes: int, *arguments) -> None:
@@ -27,76 +49,211 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
     processes are started anew rather than forked, so that a notebook may have used the GPU before. FUNCTION must be
     importable (not defined in a notebook); what it finds out it writes to files.
 
-    Raises ValueError for more processes than GPUs; an error in any process ends all of them and is raised here.
+    Where a launcher has started the processes, on any number of machines, theirs is the number: below `codalib` each
+    calls FUNCTION, in a script under torchrun each is here already.
+
+    Raises ValueError for more processes than GPUs, or others than the launcher's; an error in any process ends all of
+    them and is raised here.
     """
+    if place := Place.leading():
+        check_processes(processes, place.size)
+        _hand_out(Team(place), function, _portable(arguments))
+        return
     check_environment()
+    if "RANK" in os.environ:
+        check_processes(processes, int(os.environ["WORLD_SIZE"]))
+        _join()
+        function(*arguments)
+        return
     gpus = torch.cuda.device_count()
     if processes < 1 or (gpus and processes > gpus):
         raise ValueError(f"processes is {processes}, expected 1 to {gpus or 'any number'}: one a GPU of this machine")
     if processes == 1:
         function(*arguments)
         return
-    # A module that a GPU holds would be opened by every process on that same GPU.
-    arguments = tuple(copy.deepcopy(own).cpu() if isinstance(own, nn.Module) else own for own in arguments)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        place = Place("127.0.0.1", probe.getsockname()[1], "0", 0, 0, processes, processes, serves=True)
     try:
-        with tempfile.TemporaryDirectory() as folder:  # for what each process says at its end
-            given = function, arguments, processes, port, Path(folder)
-            torch.multiprocessing.start_processes(_work, given, nprocs=processes, start_method="spawn")
-            for rank in range(processes):
-                note_peaks(rank, read_json(Path(folder) / f"{rank}.json"))
-    except torch.multiprocessing.ProcessRaisedException as error:
-        reason = str(error).strip().splitlines()[-1]  # of the traceback that torch hands over as text
-        raise RuntimeError(f"process {error.error_index + 1} of {processes} stopped: {reason}") from error
-    except torch.multiprocessing.ProcessExitedException as error:
-        reason = f"{error.signal_name or f'exit status {error.exit_code}'}, most often for want of memory"
-        raise RuntimeError(
-            f"process {error.error_index + 1} of {processes} was ended from outside: {reason}"
-        ) from error
+        with tempfile.TemporaryDirectory() as notes:
+            context = _start(processes, function, _portable(arguments), place, Path(notes))
+            while not context.join():
+                pass
+            _note_peaks(processes, Path(notes))
+    except ProcessException as error:
+        raise TeamError(_reason(error, error.error_index, processes)) from error
 
 
-def _work(rank: int, function: Callable[..., None], arguments: tuple, processes: int, port: int, folder: Path) -> None:
+def _note_peaks(processes: int, notes: Path) -> None:
+    """Remember what each process left in NOTES at its end: the most memory that it held."""
+    for rank in range(processes):
+        note_peaks(rank, read_json(_seen(notes / f"{rank}.json")))
+
+
+def _portable(arguments: tuple) -> tuple:
+    """ARGUMENTS for other processes: a module that a GPU holds would be opened by every one on that same GPU."""
+    return tuple(copy.deepcopy(own).cpu() if isinstance(own, nn.Module) else own for own in arguments)
+
+
+def _start(
+    processes: int, function: Callable[..., None], arguments: tuple, place: Place, notes: Path, number: int = 0
+) -> torch.multiprocessing.ProcessContext:
+    """Start PROCESSES of this machine, the first at PLACE; NUMBER is that of a team's call."""
+    settings = function, arguments, place, notes, number
+    return torch.multiprocessing.start_processes(_work, settings, nprocs=processes, join=False, start_method="spawn")
+
+
+def _work(index: int, function: Callable[..., None], arguments: tuple, place: Place, notes: Path, number: int) -> None:
+    rank, local_rank = place.rank + index, place.local_rank + index
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(place.size),
+        "LOCAL_WORLD_SIZE": str(place.local_size),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
     }
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))  # of the OMP_NUM_THREADS that it inherits
+    store = None
+    if number:  # of a team, whose store is there already
+        os.environ.pop(TEAM, None)
+        store = torch.distributed.PrefixStore(f"group/{number}", Team(place, serves=False).store)
+    torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))  # of the OMP_NUM_THREADS it inherits
+    _join(store)
     function(*arguments)
-    write_json(folder / f"{rank}.json", peaks())
+    write_json(notes / f"{rank}.json", peaks())
     # Not after an error: the others may wait in a collective, and taking the group apart would wait for them.
+    torch.distributed.destroy_process_group()
+
+
+def _join(store: torch.distributed.Store | None = None) -> None:
+    """Join the processes that the environment tells of, each with its own GPU."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        return
+    place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    if torch.cuda.is_available():
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ValueError(f"expected one process a GPU, got {local_rank + 1} processes and {gpus} GPUs here")
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=PATIENCE, **(place if store else {}))
 
 
-def check_environment() -> None:
-    """Read what a batch system says of this process's place: alone, a lone LOCAL_RANK or RANK is taken away.
+def _reason(error: ProcessException, rank: int, processes: int) -> str:
+    """One sentence on the process RANK of PROCESSES that ended with ERROR."""
+    name = f"process {rank + 1} of {processes}"
+    if isinstance(error, ProcessRaisedException):
+        return f"{name} stopped: {str(error).strip().splitlines()[-1]}"  # of the traceback, which is text here
+    reason = f"{error.signal_name or f'exit status {error.exit_code}'}, most often for want of memory"
+    return f"{name} was ended from outside: {reason}"
 
-    Raises ValueError where several processes are told of and they could not find each other.
+
+# --- several machines -------------------------------------------------------------------------------------------------
+def together(place: Place, command: Callable[[], int]) -> int:
+    """Rank 0: COMMAND, in which `launch` reaches all processes. The others: what it launches. Returns the exit status.
+
+    A command of several processes, of any number of machines, ends in all of them, whichever fails.
     """
-    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    found = {name: os.environ[name] for name in sizes if os.environ.get(name)}
-    wrong = {name: value for name, value in found.items() if not value.isdecimal() or value == "0"}
-    several = {name: value for name, value in found.items() if value != "1"}
-    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if not os.environ.get(name)]
-    if wrong or (several and missing):
-        absent = ", ".join(missing) or "such number"
-        told = ", ".join(f"{name}={value}" for name, value in (wrong or several).items())
-        raise ValueError(
-            f"expected one process, or several with {', '.join(needed)}, got {told} and no {absent}: "
-            "start one task and set the notebook's `processes`, or start with torchrun"
-        )
-    if not several:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
+    # Torchrun's way to end a process: what was started here ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    team = Team(place)
+    team.show_life()
+    if place.rank:
+        return _serve(team)
+    place.lead()
+    log.info("%s, which does the work between the parts of all", place)
+    sentence = "the first process was ended"
+    try:
+        status = command()
+        sentence = f"the first process stopped with status {status}" if status else ""
+        return status
+    finally:
+        with suppress(TeamError):  # its own error is on its way
+            team.end(sentence)
+
+
+def _hand_out(team: Team, function: Callable[..., None], arguments: tuple) -> None:
+    """Rank 0: have all run FUNCTION, which they find in a file of the disk that they share."""
+    notes = (runs_folder(CALLS) / secrets.token_hex(8)).resolve()
+    notes.mkdir(parents=True)
+    contents = pickle.dumps((function, arguments))
+    with atomic_write(notes / CALL, "wb") as opened:
+        opened.write(contents)
+    try:
+        number = team.announce(json.dumps([str(notes), hashlib.sha256(contents).hexdigest()]))
+        _take_part(team, number, function, arguments, notes)
+        team.wait_for_all(number)
+        _note_peaks(team.place.size, notes)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def _serve(team: Team) -> int:
+    """The others: run what rank 0 hands out, until it ends; the exit status."""
+    number = 1
+    log.info("%s waits for the first one", team.place)
+    try:
+        while call := team.next_call(number):
+            try:
+                notes, digest = json.loads(call)
+                _take_part(team, number, *_read_call(Path(notes) / CALL, digest), Path(notes))
+            except (OSError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+                log.error("%s", team.fail(number, f"{team.place}: {error}"))
+            except TeamError as error:  # rank 0 hears of it, and says how all goes on
+                log.error("%s", error)
+                if team.failure(number) is None:
+                    return 1
+            number += 1
+    except TeamError as error:
+        log.error("%s", error)
+        return 1
+    if sentence := team.leave():
+        log.error("%s", sentence)
+    return bool(sentence)
+
+
+def _read_call(file: Path, digest: str) -> tuple[Callable[..., None], tuple]:
+    """The function and the arguments in FILE of the first process; its digest came another way, through the store."""
+    contents = _seen(file).read_bytes()
+    if hashlib.sha256(contents).hexdigest() != digest:
+        raise OSError(f"{file} is not what process 1 has written: expected one disk that all machines share")
+    return pickle.loads(contents)
+
+
+def _seen(file: Path) -> Path:
+    """FILE of another process, once it is seen here: at once, or after a while on a disk of several machines."""
+    until = time.monotonic() + DISK
+    while not file.exists():
+        if time.monotonic() > until:
+            raise FileNotFoundError(
+                f"{file}, which another process has written, is not to be seen here: expected one folder of runs on a "
+                "disk that all machines share, under one path: set CODALIB_RUNS on each"
+            )
+        time.sleep(0.2)
+    return file
+
+
+def _take_part(team: Team, number: int, function: Callable[..., None], arguments: tuple, notes: Path) -> None:
+    """FUNCTION as this rank, in a process of its own; TeamError where it fails here or elsewhere."""
+    context = _start(1, function, arguments, team.place, notes, number)
+    try:
+        while not context.join(0.5):
+            team.check(number)
+    except ProcessException as error:
+        sentence = _reason(error, team.place.rank, team.place.size)
+        if any(words in sentence for words in LOST):  # another's end shows here first: what does it say itself?
+            sentence = team.failure(number, SETTLE) or (
+                f"{team.place} lost another process: a machine or a process ended without a word; start all again, "
+                "training goes on from its last checkpoint"
+            )
+        raise TeamError(team.fail(number, sentence)) from error
+    except TeamError as error:
+        team.fail(number, str(error))
+        raise
+    finally:
+        for process in context.processes:
+            process.kill()
+    team.done(number)
 
 
 def synchronised(module: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from codalib.base.files import read_json
 from codalib.datasets.images import ImageDataset
@@ -54,10 +55,9 @@ def result_file(
 
 
 def is_cached(file: Path, accelerator: Accelerator) -> bool:
-    """Whether FILE is there, the same answer for every process: all look before the first one writes."""
-    cached = file.exists()
-    accelerator.wait_for_everyone()
-    return cached
+    """Whether FILE is there, the same answer for every process: the first one's, before it writes."""
+    answer = [file.exists() and accelerator.is_main_process]  # another machine may see it later
+    return broadcast_object_list(answer)[0]
 
 
 def read_results(files: Iterable[Path]) -> tuple[list[dict[str, Any]], dict[str, str]]:

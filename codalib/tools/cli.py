@@ -2,10 +2,13 @@
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from codalib.base.hardware import set_threads
+from codalib.base.team import Place
 
 COMMANDS = {  # name -> (module and function in codalib.tools, what it does)
     "run": ("run.main", "run a notebook, or every stage of a profile, and write the report"),
@@ -20,6 +23,7 @@ COMMANDS = {  # name -> (module and function in codalib.tools, what it does)
     "encode": ("tokens.encode", "images to tokens, in shards"),
     "decode": ("tokens.decode", "tokens to images"),
 }
+TOGETHER = ("run", "encode")  # on all the processes that a launcher starts, on several machines perhaps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,10 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = parser.parse_args(arguments[:1]).command
-    module, function = COMMANDS[command][0].split(".")
-    if command != "run":  # which chooses for each notebook, when it starts
-        try:
+    try:
+        place = Place.take() if command in TOGETHER else None
+        if command != "run" or (place and place.rank):  # a run chooses for each notebook, when it starts
             set_threads()
-        except ValueError as error:
-            parser.error(str(error))
-    return getattr(importlib.import_module(f"codalib.tools.{module}"), function)(arguments[1:]) or 0
+    except ValueError as error:
+        parser.error(str(error))
+    if place is None:
+        return call(command, arguments[1:])
+    from codalib.base.processes import together  # here alone: torch takes seconds to load
+
+    level = {"level": logging.INFO, "format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S", "stream": sys.stderr}
+    logging.basicConfig(**level)
+    return together(place, partial(call, command, arguments[1:]))
+
+
+def call(command: str, arguments: Sequence[str]) -> int:
+    """Call a sub-command; returns the exit status."""
+    module, function = COMMANDS[command][0].split(".")
+    return getattr(importlib.import_module(f"codalib.tools.{module}"), function)(arguments) or 0

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from codalib.base.files import atomic_write
 from codalib.base.hardware import compute_device
 from codalib.base.processes import launch
+from codalib.base.team import TeamError, launched_processes
 from codalib.datasets.images import SPLITS, DataError
 from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_dataset, tokenizer_hash
 from codalib.models.checkpoints import find_model, load_tokenizer
@@ -35,7 +36,10 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, default="train", help="of the data set (train)")
     parser.add_argument("--limit", type=positive, help="images, evenly spread (all)")
     parser.add_argument("--views", type=positive, default=1, help="encodings of an image, each with new noise (1)")
-    parser.add_argument("--processes", type=positive, default=1, help="on this machine, one a GPU (1)")
+    started = launched_processes()
+    parser.add_argument(
+        "--processes", type=positive, default=started or 1, help="on this machine, one a GPU (1, or the launcher's)"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that load images, for each that encodes (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise (0)")
     parser.add_argument("--parquet", action="store_true", help="write tokens.parquet beside them too")
@@ -48,7 +52,7 @@ def encode(arguments: Sequence[str] | None = None) -> int:
         cache, seconds = TokenCache.open(given.out), time.monotonic() - started
         if given.parquet:
             _write_parquet(cache, given.out / PARQUET)
-    except (DataError, ValueError, OSError) as error:
+    except (DataError, ValueError, OSError, TeamError) as error:
         return _failed(error)
     words = "%s: %d images of %d tokens, %d codes; %.1f images a second, with loading the model"
     log.info(words, given.out, len(cache), cache.indices.shape[1], cache.codebook_size, len(cache) / seconds)

@@ -21,6 +21,7 @@ from nbclient.exceptions import DeadKernelError
 from codalib.base.files import atomic_write, hold, release, writing
 from codalib.base.hardware import set_threads
 from codalib.base.paths import MissingPart, reports_folder, runs_folder
+from codalib.base.team import check_processes, launched_processes
 from codalib.reporting.pages import notebook_page
 from codalib.reporting.tables import clock
 from codalib.workflow.parameters import declared_parameters, notebook_values, parsed
@@ -61,20 +62,23 @@ def execute(
 
     The page is reports/PROFILE/NAME.html unless PAGE names another, outside of profiles.
 
-    A notebook's `output` is the folder PROFILE/NAME below `runs_folder()`, and its `profile` PROFILE, unless told
-    otherwise.
+    A notebook's `output` is the folder PROFILE/NAME below `runs_folder()`, its `profile` PROFILE and its `processes`
+    as many as a launcher has started, unless told otherwise.
     Wrong parameters, a failing cell and a dead kernel raise StageError.
     """
     name = path.stem
     if not path.exists():
         raise StageError(str(MissingPart(path)))
     notebook = nbformat.read(path, as_version=4)
-    own = {"output": f"{profile}/{name}", "profile": profile}
+    started = launched_processes()
+    own = {"output": f"{profile}/{name}", "profile": profile} | ({"processes": started} if started else {})
     own = {key: value for key, value in own.items() if key in declared_parameters(notebook)}
     try:
         parameters = notebook_values(
             notebook, own, profile_section(profile, name), {**(given or {}), **parsed(notebook, texts or {})}
         )
+        if started and "processes" in parameters:
+            check_processes(parameters["processes"], started)
     except ValueError as error:
         raise StageError(f"{path}, profile {profile}: {error}") from error
 

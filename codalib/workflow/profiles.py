@@ -1,21 +1,25 @@
 """Profiles: which notebooks run, and which of their values differ from the defaults.
 
-A profile is a YAML file. `extends` names a profile whose values it takes over, `stages` the notebooks that it runs. Any
-other key names a notebook, or several with commas between, and holds their parameters and fields of settings by name;
-a later section goes over an earlier one, and all of a profile's own over those that it extends. A text that begins
-with PROFILE/ names a folder of the run's own profile.
+A profile is a YAML file. `extends` names a profile whose values it takes over, `stages` the notebooks that it runs,
+`resources` what each of them takes on a cluster (`profile_resources`). Any other key names a notebook, or several with
+commas between, and holds their parameters and fields of settings by name; a later section goes over an earlier one, and
+all of a profile's own over those that it extends. A text that begins with PROFILE/ names a folder of the run's own
+profile.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from codalib.base.paths import MissingPart, project_folder
-from codalib.workflow.types import PlainLoader
+from codalib.workflow.types import PlainLoader, convert, spell
 
-EXTENDS, STAGES = "extends", "stages"  # keys of a profile that name no notebook
+EXTENDS, STAGES, RESOURCES = "extends", "stages", "resources"  # keys of a profile that name no notebook
+ALL = "all"  # below `resources`: of every stage
 OWN = "PROFILE/"  # in a value: the profile that runs
 
 
@@ -25,6 +29,60 @@ class StageError(Exception):
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a stage takes on a cluster, on one machine; what is None is the cluster's default."""
+
+    gpus: int = 0
+    cores: int = 2
+    memory: float = 8.0  # GB
+    hours: float = 24.0  # after which the cluster ends it; the same command goes on from its last checkpoint
+    partition: str | None = None  # of the cluster's machines
+    account: str | None = None  # that the cluster charges
+
+    def for_snakemake(self) -> dict[str, Any]:
+        """Under the names that Snakemake and its plugin for Slurm know, None where there is nothing to ask for."""
+        return {
+            "gpu": self.gpus or None,
+            "mem_mb": round(self.memory * 1000),
+            "runtime": max(1, round(self.hours * 60)),  # minutes
+            "slurm_partition": self.partition,
+            "slurm_account": self.account,
+            "nodes": 1,
+        }
+
+
+def profile_resources(profile: str, stage: str) -> Resources:
+    """What STAGE takes on a cluster, by `resources` of PROFILE and of what it extends: {notebooks: {name: value}}.
+
+    The key `all` is for every stage; a later line goes over an earlier one, value by value. StageError for a notebook,
+    a name or a value that is none.
+    """
+    found, hints = Resources(), {field.name: field.type for field in fields(Resources)}
+    for one in _line(profile):
+        path, section = profile_path(one), _read(one).get(RESOURCES) or {}
+        if not isinstance(section, dict) or not all(isinstance(values, dict) for values in section.values()):
+            raise StageError(f"{path}: expected notebooks with names and values in {RESOURCES}, got {section!r}")
+        for key, values in section.items():
+            names = _notebooks(key, path, ALL)
+            if unknown := [name for name in values if name not in hints]:
+                raise StageError(f"{path}: expected {RESOURCES} of {', '.join(hints)}, got {', '.join(unknown)}")
+            if ALL in names or stage in names:
+                found = replace(found, **{name: _resource(path, name, values[name], hints[name]) for name in values})
+    return found
+
+
+def _resource(path: Path, name: str, value: Any, hint: Any) -> Any:
+    try:
+        converted = convert(value, hint)
+    except TypeError:
+        converted = math.nan  # neither a number nor a text: refused below
+    if isinstance(converted, int | float) and not (converted > 0 or (name == "gpus" and converted == 0)):
+        above = "" if name in ("partition", "account") else " above 0"
+        raise StageError(f"{path}: expected {spell(hint)}{above} for {name} in {RESOURCES}, got {value!r}")
+    return converted
 
 
 def profile_path(profile: str) -> Path:
@@ -85,19 +143,25 @@ def _line(profile: str) -> list[str]:
 
 def _sections(profile: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
     """A profile's own sections: the notebooks that each is for -> its values."""
-    path, notebooks, found = profile_path(profile), project_folder() / "notebooks", {}
+    path, found = profile_path(profile), {}
     for key, section in _read(profile).items():
-        if key in (EXTENDS, STAGES):
+        if key in (EXTENDS, STAGES, RESOURCES):
             continue
-        names = tuple(name.strip() for name in str(key).split(","))
-        if unknown := [name for name in names if not (notebooks / f"{name}.ipynb").exists()]:
-            raise StageError(f"{path}: expected sections of notebooks, got {', '.join(unknown)}")
+        names = _notebooks(key, path)
         if not isinstance(section or {}, dict):
             raise StageError(f"{path}: expected names and values in the section {key!r}, got {section!r}")
         if "settings" in (section or {}):
             raise StageError(f"{path}: expected the fields themselves as keys of the section {key!r}, got `settings`")
         found[names] = section or {}
     return found
+
+
+def _notebooks(key: Any, path: Path, *others: str) -> tuple[str, ...]:
+    """The notebooks that a KEY of the profile PATH names, or OTHERS; StageError for one that is not there."""
+    notebooks, names = project_folder() / "notebooks", tuple(name.strip() for name in str(key).split(","))
+    if unknown := [name for name in names if name not in others and not (notebooks / f"{name}.ipynb").exists()]:
+        raise StageError(f"{path}: expected sections of notebooks, got {', '.join(unknown)}")
+    return names
 
 
 def _read(profile: str) -> dict[str, Any]:

@@ -18,6 +18,11 @@ def write_number(folder):
     (folder / f"{state.process_index}").write_text(f"{state.num_processes} {total.item():g}")
 
 
+def write_patience(folder):
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    (folder / "patience").write_text(str(group.options._timeout.total_seconds()))
+
+
 def fail():
     raise RuntimeError("the work itself failed")
 
@@ -67,6 +72,11 @@ def test_processes_find_each_other_and_say_what_they_took(tmp_path, monkeypatch)
     assert 50e6 < first["peak_memory_bytes"] < 50e9
     assert first["peak_gpu_memory_bytes"] is None
     assert second == {"peak_memory_bytes": 2**50, "peak_gpu_memory_bytes": 7}  # the largest of both launches
+
+
+def test_one_may_work_alone_for_hours_while_the_others_wait(tmp_path):
+    launch(write_patience, 2, tmp_path)
+    assert float((tmp_path / "patience").read_text()) >= 12 * 3600
 
 
 def test_one_process_is_this_one():

@@ -12,6 +12,7 @@ from nbformat import v4
 
 from codalib.base.files import read_json
 from codalib.base.paths import HOMES, project_folder, runs_folder
+from codalib.base.team import TEAM, Place
 from codalib.tools.run import main
 from codalib.workflow import execute as runner
 from codalib.workflow.dependencies import library_files
@@ -59,6 +60,16 @@ def test_a_notebook_runs_with_its_profile_and_leaves_a_page(project, caplog):
     assert "stage: Run (cell" in caplog.text
     assert "training: 100%" in caplog.text
     assert "stage: seen 3 c" in caplog.text
+
+
+def test_a_launchers_processes_are_the_notebooks(project, monkeypatch, caplog):
+    monkeypatch.setenv(TEAM, "")  # taken away at the end
+    Place("here", 1, "0", 0, 0, 4, 4, serves=False).lead()
+    path = write_notebook(project, CHECK, parameters=PARAMETERS + "\nprocesses: int = 1  # one a GPU")
+    assert main([str(path), "--profile", "tiny"]) == 0
+    assert read_json(runs_folder("tiny/stage/manifest.json"))["parameters"]["processes"] == 4
+    assert main([str(path), "--profile", "tiny", "-p", "processes", "2"]) == 1
+    assert "processes is 2, expected 4, as many as the launcher has started" in caplog.text
 
 
 @pytest.mark.parametrize(

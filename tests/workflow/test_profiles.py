@@ -18,7 +18,7 @@ from codalib.experiments.paper import TABLE_2
 from codalib.tools import run
 from codalib.training.settings import TokenizerSettings
 from codalib.workflow.parameters import notebook_values, resolved_values, settings_from
-from codalib.workflow.profiles import StageError, profile_section, profile_stages
+from codalib.workflow.profiles import Resources, StageError, profile_resources, profile_section, profile_stages
 
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
@@ -83,6 +83,59 @@ def profiles(tmp_path, monkeypatch):
         (tmp_path / "notebooks" / f"{name}.ipynb").touch()
     monkeypatch.setattr("codalib.workflow.profiles.project_folder", lambda: tmp_path)
     return lambda name, text: (tmp_path / "profiles" / f"{name}.yaml").write_text(text)
+
+
+def test_a_stages_resources_are_those_of_all_and_its_own(profiles):
+    profiles("base", "resources:\n  all: {memory: 16, partition: short}\n  a, b: {gpus: 8, hours: 1.5}\n")
+    profiles("own", "extends: base\nresources:\n  b: {partition: null, cores: 64}\n")
+    assert profile_resources("own", "c") == Resources(memory=16, partition="short")
+    assert profile_resources("own", "b") == Resources(8, 64, 16, 1.5)
+    assert profile_resources("own", "a").for_snakemake() == {
+        "gpu": 8,
+        "mem_mb": 16000,
+        "runtime": 90,
+        "slurm_partition": "short",
+        "slurm_account": None,
+        "nodes": 1,
+    }
+    assert profile_section("own", "a") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("  d: {gpus: 1}", "expected sections of notebooks, got d"),
+        ("  a: {gpu: 1}", "expected resources of gpus, cores, memory, hours, partition, account, got gpu"),
+        ("  a: {gpus: two}", "expected int above 0 for gpus in resources, got 'two'"),
+        ("  a: {hours: 0}", "expected float above 0 for hours in resources, got 0"),
+        ("  a: {partition: 3}", r"expected str \| None for partition in resources, got 3"),
+        ("  a: 3", "expected notebooks with names and values in resources, got {'a': 3}"),
+    ],
+)
+def test_wrong_resources_are_one_sentence(profiles, text, words):
+    profiles("own", f"resources:\n{text}\n")
+    with pytest.raises(StageError, match=words):
+        profile_resources("own", "a")
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_a_stage_has_a_gpu_for_each_of_its_processes_on_a_cluster(path):
+    for stage in profile_stages(path.stem, STEMS):
+        wanted, asked = values(path.stem, stage).get("processes", 1), profile_resources(path.stem, stage)
+        assert wanted == 1 or asked.gpus == wanted, stage
+        assert asked.cores >= wanted, stage
+
+
+def test_the_profile_in_the_documentation_is_one(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "servers.md").read_text(), flags=re.DOTALL)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    (tmp_path / "profiles" / "own.yaml").write_text(block)
+    monkeypatch.setattr("codalib.workflow.profiles.project_folder", lambda: tmp_path)
+    assert profile_resources("own", "01_train_tokenizer") == Resources(4, 40, 128, 12, "gpu", "vision")
+    given = values("own", "01_train_tokenizer")
+    assert given["batch_size"] * given["processes"] * given["accumulation"] == 512
+    assert profile_stages("own", STEMS) == profile_stages("imagenet-mar-65536", STEMS)
 
 
 def test_a_profile_runs_the_stages_that_it_names(profiles):
@@ -151,14 +204,19 @@ def test_smoke_changes_nothing():
     assert not [stage for stage in STEMS if profile_section("smoke", stage)]
 
 
-def snakemake(project, *arguments):
-    """The stages that snakemake starts, or would start with -n, in a project of its own."""
+def snakemake_says(project, *arguments):
+    """What snakemake writes in a project of its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CODALIB_")}
-    command = [sys.executable, "-m", "snakemake", "--cores", "all", "--nolock", "--rerun-incomplete", *arguments]
+    cores = [] if "--jobs" in arguments else ["--cores", "all"]
+    command = [sys.executable, "-m", "snakemake", *cores, "--nolock", "--rerun-incomplete", *arguments]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    output = result.stdout + result.stderr
-    return set(re.findall(r"codalib run notebooks/(\w+)\.ipynb", output))
+    return result.stdout + result.stderr
+
+
+def snakemake(project, *arguments):
+    """The stages that snakemake starts, or would start with -n, in a project of its own."""
+    return set(re.findall(r"codalib run notebooks/(\w+)\.ipynb", snakemake_says(project, *arguments)))
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +287,47 @@ def test_every_notebook_has_its_place_in_the_order():
         if path.stem == "bench":  # `codalib bench` runs it, no profile
             continue
         assert f'"{path.stem}"' in text or f"notebooks/{path.name}" in text, path.stem
+
+
+def test_on_a_cluster_each_stage_is_a_job_of_its_resources(project):
+    profile = project / "profiles" / "tiny.yaml"
+    before = profile.read_text()
+    profile.write_text(before + "resources:\n  all: {memory: 16}\n  01_second: {gpus: 8, cores: 64, hours: 1.5}\n")
+    arguments = "-n", "--forceall", "--jobs", "2", "--config", "profile=tiny", "cluster=true"
+    said = snakemake_says(project, *arguments)
+    jobs = {re.search(r"output: runs/tiny/(\w+)", job)[1]: job for job in said.split("\nrule stage:")[1:]}
+    second, first = jobs["01_second"], jobs["00_first"]
+    for words in ("threads: 64", "gpu=8", "runtime=90", "mem_mb=16000", "nodes=1"):
+        assert words in second
+    assert "threads: 2" in first
+    assert "gpu=" not in first
+    assert "slurm_partition" not in said
+    profile.write_text(before)
+
+
+def test_what_is_missing_for_a_cluster_is_one_sentence(monkeypatch, caplog):
+    monkeypatch.setattr(run.shutil, "which", lambda _: None)
+    monkeypatch.setattr(run, "find_spec", lambda _: None)
+    assert run.main(["--profile", "smoke", "--executor", "slurm"]) == 1
+    assert "expected snakemake-executor-plugin-slurm with --executor slurm, got none: install the extra" in caplog.text
+    monkeypatch.setattr(run, "find_spec", lambda _: "there")
+    assert run.main(["--profile", "smoke", "--executor", "slurm"]) == 1
+    assert "expected Slurm's sbatch with --executor slurm, got none: run it on the cluster's login node" in caplog.text
+
+
+def test_a_cluster_gets_every_stage_with_its_logs_below_the_runs(monkeypatch, caplog, tmp_path):
+    started = []
+    monkeypatch.setattr(run.shutil, "which", lambda _: "there")
+    monkeypatch.setattr(run, "find_spec", lambda _: "there")
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **_: started.append(command) or Namespace(returncode=1))
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
+    monkeypatch.setenv("CODALIB_THREADS", "auto")
+    assert run.main(["--profile", "smoke", "--executor", "slurm"]) == 1
+    (command,) = started
+    assert command[command.index("--slurm-logdir") + 1] == str(tmp_path / "smoke" / "logs")
+    assert command[-1] == "cluster=true"
+    assert "CODALIB_THREADS" not in os.environ
+    assert "The same command goes on where each stopped" in caplog.text
 
 
 @pytest.mark.parametrize(
