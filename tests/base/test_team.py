@@ -2,12 +2,14 @@ import json
 import os
 import socket
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed
 
 from codalib.base import processes, team
+from codalib.base.files import write_json
 from codalib.base.processes import launch
 from codalib.base.team import NEEDED, SIZES, TEAM, Place, Team, TeamError, launched_processes
 
@@ -113,9 +115,9 @@ def test_a_store_that_has_gone_is_one_sentence(two, monkeypatch):
 def test_a_disk_that_is_not_shared_is_one_sentence(two, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "DISK", -1.0)
     with pytest.raises(
-        FileNotFoundError, match=r"there, which process 1 has written, is not to be seen here: expected one"
+        FileNotFoundError, match=r"there, which another process has written, is not to be seen here: expected one"
     ):
-        processes._read_call(two[1], str(tmp_path / "there"), "")
+        processes._read_call(tmp_path / "there", "")
 
 
 def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monkeypatch, tmp_path):
@@ -123,9 +125,13 @@ def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monk
     read = []
 
     def other(first, number, *_):
-        function, arguments = processes._read_call(two[1], *json.loads(two[1].next_call(number)))
+        notes, digest = json.loads(two[1].next_call(number))
+        function, arguments = processes._read_call(Path(notes) / processes.CALL, digest)
+        with pytest.raises(OSError, match="is not what process 1 has written"):
+            processes._read_call(Path(notes) / processes.CALL, "another")
         read.append((function, arguments, list((tmp_path / processes.CALLS).iterdir())))
-        for one in two:
+        for rank, one in enumerate(two):
+            write_json(Path(notes) / f"{rank}.json", {"peak_memory_bytes": 7 + rank, "peak_gpu_memory_bytes": None})
             one.done(number)
 
     monkeypatch.setattr(processes, "_take_part", other)
