@@ -10,7 +10,6 @@ import logging
 import os
 import pickle
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=1)  # for a process that works alone while others wait; a dead one is noticed at once
 DISK = 30.0  # s: until what one machine wrote is seen by all
 SETTLE = 3.0  # s: until the process that failed first has said so
-CALLS, CALL = ".calls", "call.pickle"  # below the runs: what rank 0 hands out to other machines
+CALLS = ".calls"  # below the runs: what rank 0 hands out to other machines
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # what another's end looks like
 
 
@@ -75,19 +74,14 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
         probe.bind(("127.0.0.1", 0))
         place = Place("127.0.0.1", probe.getsockname()[1], "0", 0, 0, processes, processes, serves=True)
     try:
-        with tempfile.TemporaryDirectory() as notes:
-            context = _start(processes, function, _portable(arguments), place, Path(notes))
+        with tempfile.TemporaryDirectory() as folder:
+            context = _start(processes, function, _portable(arguments), place, Path(folder))
             while not context.join():
                 pass
-            _note_peaks(processes, Path(notes))
+            for rank in range(processes):
+                note_peaks(rank, read_json(Path(folder) / f"{rank}.json"))
     except ProcessException as error:
         raise TeamError(_reason(error, error.error_index, processes)) from error
-
-
-def _note_peaks(processes: int, notes: Path) -> None:
-    """Remember what each process left in NOTES at its end: the most memory that it held."""
-    for rank in range(processes):
-        note_peaks(rank, read_json(_seen(notes / f"{rank}.json")))
 
 
 def _portable(arguments: tuple) -> tuple:
@@ -96,14 +90,17 @@ def _portable(arguments: tuple) -> tuple:
 
 
 def _start(
-    processes: int, function: Callable[..., None], arguments: tuple, place: Place, notes: Path, number: int = 0
+    processes: int, function: Callable[..., None], arguments: tuple, place: Place, folder: Path, number: int = 0
 ) -> torch.multiprocessing.ProcessContext:
-    """Start PROCESSES of this machine, the first at PLACE; NUMBER is that of a team's call."""
-    settings = function, arguments, place, notes, number
+    """Start PROCESSES of this machine, the first at PLACE; NUMBER is that of a team's call.
+
+    FOLDER receives what each process says at its end, its `peaks`.
+    """
+    settings = function, arguments, place, folder, number
     return torch.multiprocessing.start_processes(_work, settings, nprocs=processes, join=False, start_method="spawn")
 
 
-def _work(index: int, function: Callable[..., None], arguments: tuple, place: Place, notes: Path, number: int) -> None:
+def _work(index: int, function: Callable[..., None], arguments: tuple, place: Place, folder: Path, number: int) -> None:
     rank, local_rank = place.rank + index, place.local_rank + index
     os.environ |= {
         "RANK": str(rank),
@@ -120,7 +117,7 @@ def _work(index: int, function: Callable[..., None], arguments: tuple, place: Pl
     torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))  # of the OMP_NUM_THREADS it inherits
     _join(store)
     function(*arguments)
-    write_json(notes / f"{rank}.json", peaks())
+    write_json(folder / f"{rank}.json", peaks())
     # Not after an error: the others may wait in a collective, and taking the group apart would wait for them.
     torch.distributed.destroy_process_group()
 
@@ -174,18 +171,17 @@ def together(place: Place, command: Callable[[], int]) -> int:
 
 def _hand_out(team: Team, function: Callable[..., None], arguments: tuple) -> None:
     """Rank 0: have all run FUNCTION, which they find in a file of the disk that they share."""
-    notes = (runs_folder(CALLS) / secrets.token_hex(8)).resolve()
-    notes.mkdir(parents=True)
+    file = (runs_folder(CALLS) / secrets.token_hex(8)).resolve()
     contents = pickle.dumps((function, arguments))
-    with atomic_write(notes / CALL, "wb") as opened:
+    with atomic_write(file, "wb") as opened:
         opened.write(contents)
     try:
-        number = team.announce(json.dumps([str(notes), hashlib.sha256(contents).hexdigest()]))
-        _take_part(team, number, function, arguments, notes)
-        team.wait_for_all(number)
-        _note_peaks(team.place.size, notes)
+        number = team.announce(json.dumps([str(file), hashlib.sha256(contents).hexdigest()]))
+        _take_part(team, number, function, arguments)
+        for rank, found in enumerate(team.wait_for_all(number)):
+            note_peaks(rank, json.loads(found))
     finally:
-        shutil.rmtree(notes, ignore_errors=True)
+        file.unlink(missing_ok=True)
 
 
 def _serve(team: Team) -> int:
@@ -195,8 +191,7 @@ def _serve(team: Team) -> int:
     try:
         while call := team.next_call(number):
             try:
-                notes, digest = json.loads(call)
-                _take_part(team, number, *_read_call(Path(notes) / CALL, digest), Path(notes))
+                _take_part(team, number, *_read_call(team, *json.loads(call)))
             except (OSError, ImportError, AttributeError, pickle.UnpicklingError) as error:
                 log.error("%s", team.fail(number, f"{team.place}: {error}"))
             except TeamError as error:  # rank 0 hears of it, and says how all goes on
@@ -212,48 +207,44 @@ def _serve(team: Team) -> int:
     return bool(sentence)
 
 
-def _read_call(file: Path, digest: str) -> tuple[Callable[..., None], tuple]:
-    """The function and the arguments in FILE of the first process; its digest came another way, through the store."""
-    contents = _seen(file).read_bytes()
-    if hashlib.sha256(contents).hexdigest() != digest:
-        raise OSError(f"{file} is not what process 1 has written: expected one disk that all machines share")
-    return pickle.loads(contents)
-
-
-def _seen(file: Path) -> Path:
-    """FILE of another process, once it is seen here: at once, or after a while on a disk of several machines."""
+def _read_call(team: Team, file: str, digest: str) -> tuple[Callable[..., None], tuple]:
+    """The function and the arguments in FILE of the first process, which shows at once whether a disk is shared."""
     until = time.monotonic() + DISK
-    while not file.exists():
+    while True:
+        with suppress(OSError):
+            contents = Path(file).read_bytes()
+            if hashlib.sha256(contents).hexdigest() == digest:
+                return pickle.loads(contents)
         if time.monotonic() > until:
             raise FileNotFoundError(
-                f"{file}, which another process has written, is not to be seen here: expected one folder of runs on a "
-                "disk that all machines share, under one path: set CODALIB_RUNS on each"
+                f"{file}, which process 1 has written, is not to be seen here: expected one folder of runs on a disk "
+                "that all machines share, under one path: set CODALIB_RUNS on each"
             )
-        time.sleep(0.2)
-    return file
+        time.sleep(1.0)
 
 
-def _take_part(team: Team, number: int, function: Callable[..., None], arguments: tuple, notes: Path) -> None:
+def _take_part(team: Team, number: int, function: Callable[..., None], arguments: tuple) -> None:
     """FUNCTION as this rank, in a process of its own; TeamError where it fails here or elsewhere."""
-    context = _start(1, function, arguments, team.place, notes, number)
-    try:
-        while not context.join(0.5):
-            team.check(number)
-    except ProcessException as error:
-        sentence = _reason(error, team.place.rank, team.place.size)
-        if any(words in sentence for words in LOST):  # another's end shows here first: what does it say itself?
-            sentence = team.failure(number, SETTLE) or (
-                f"{team.place} lost another process: a machine or a process ended without a word; start all again, "
-                "training goes on from its last checkpoint"
-            )
-        raise TeamError(team.fail(number, sentence)) from error
-    except TeamError as error:
-        team.fail(number, str(error))
-        raise
-    finally:
-        for process in context.processes:
-            process.kill()
-    team.done(number)
+    with tempfile.TemporaryDirectory() as folder:
+        context = _start(1, function, arguments, team.place, Path(folder), number)
+        try:
+            while not context.join(0.5):
+                team.check(number)
+            team.done(number, (Path(folder) / f"{team.place.rank}.json").read_text())
+        except ProcessException as error:
+            sentence = _reason(error, team.place.rank, team.place.size)
+            if any(words in sentence for words in LOST):  # another's end shows here first: what does it say itself?
+                sentence = team.failure(number, SETTLE) or (
+                    f"{team.place} lost another process: a machine or a process ended without a word; start all "
+                    "again, training goes on from its last checkpoint"
+                )
+            raise TeamError(team.fail(number, sentence)) from error
+        except TeamError as error:
+            team.fail(number, str(error))
+            raise
+        finally:
+            for process in context.processes:
+                process.kill()
 
 
 def synchronised(module: nn.Module) -> nn.Module:

@@ -214,15 +214,19 @@ class Team:
             raise TeamError(end.decode() or "the first process has ended")
         self.watch()
 
-    def done(self, number: int) -> None:
-        self._say(f"done/{number}/{self.place.rank}", "yes")
+    def done(self, number: int, text: str) -> None:
+        """Say that this process is done with call NUMBER, and TEXT."""
+        self._say(f"done/{number}/{self.place.rank}", text)
 
-    def wait_for_all(self, number: int) -> None:
-        """Wait until every process is done with call NUMBER; TeamError as `check`."""
+    def wait_for_all(self, number: int) -> list[str]:
+        """What each process said when it was done with call NUMBER, waited for; TeamError as `check`."""
+        said = []
         for rank in range(self.place.size):
-            while self._read(f"done/{number}/{rank}") is None:
+            while (text := self._read(f"done/{number}/{rank}")) is None:
                 self.check(number)
                 time.sleep(POLL)
+            said.append(text.decode())
+        return said
 
     # --- the end ------------------------------------------------------------------------------------------------------
     def end(self, sentence: str = "") -> None:

@@ -2,14 +2,12 @@ import json
 import os
 import socket
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed
 
 from codalib.base import processes, team
-from codalib.base.files import write_json
 from codalib.base.processes import launch
 from codalib.base.team import NEEDED, SIZES, TEAM, Place, Team, TeamError, launched_processes
 
@@ -69,9 +67,9 @@ def test_a_call_is_handed_out_and_all_hear_that_it_is_done_and_that_all_has_ende
     first, second = two
     number = first.announce("what to do")
     assert (number, second.next_call(number)) == (1, "what to do")
-    first.done(number)
-    second.done(number)
-    first.wait_for_all(number)
+    first.done(number, "7 GB")
+    second.done(number, "8 GB")
+    assert first.wait_for_all(number) == ["7 GB", "8 GB"]
     second.leave()
     first.end("the first process stopped")
     with pytest.raises(TeamError, match="the first process stopped"):
@@ -115,9 +113,9 @@ def test_a_store_that_has_gone_is_one_sentence(two, monkeypatch):
 def test_a_disk_that_is_not_shared_is_one_sentence(two, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "DISK", -1.0)
     with pytest.raises(
-        FileNotFoundError, match=r"there, which another process has written, is not to be seen here: expected one"
+        FileNotFoundError, match=r"there, which process 1 has written, is not to be seen here: expected one"
     ):
-        processes._read_call(tmp_path / "there", "")
+        processes._read_call(two[1], str(tmp_path / "there"), "")
 
 
 def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monkeypatch, tmp_path):
@@ -125,14 +123,10 @@ def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monk
     read = []
 
     def other(first, number, *_):
-        notes, digest = json.loads(two[1].next_call(number))
-        function, arguments = processes._read_call(Path(notes) / processes.CALL, digest)
-        with pytest.raises(OSError, match="is not what process 1 has written"):
-            processes._read_call(Path(notes) / processes.CALL, "another")
+        function, arguments = processes._read_call(two[1], *json.loads(two[1].next_call(number)))
         read.append((function, arguments, list((tmp_path / processes.CALLS).iterdir())))
-        for rank, one in enumerate(two):
-            write_json(Path(notes) / f"{rank}.json", {"peak_memory_bytes": 7 + rank, "peak_gpu_memory_bytes": None})
-            one.done(number)
+        for one in two:
+            one.done(number, json.dumps({"peak_memory_bytes": 7}))
 
     monkeypatch.setattr(processes, "_take_part", other)
     processes._hand_out(two[0], print, (1, "two"))
