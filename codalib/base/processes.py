@@ -134,13 +134,16 @@ def _join(store: torch.distributed.Store | None = None) -> None:
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=PATIENCE, **(place if store else {}))
+    if backend == "gloo":  # it connects at once: who had nothing to say would be gone before the others have reached it
+        torch.distributed.barrier()
 
 
 def _reason(error: ProcessException, rank: int, processes: int) -> str:
     """One sentence on the process RANK of PROCESSES that ended with ERROR."""
     name = f"process {rank + 1} of {processes}"
     if isinstance(error, ProcessRaisedException):
-        return f"{name} stopped: {str(error).strip().splitlines()[-1]}"  # of the traceback, which is text here
+        last = str(error).strip().splitlines()[-1]  # of the traceback that torch hands over as text
+        return f"{name} stopped: {last}"
     reason = f"{error.signal_name or f'exit status {error.exit_code}'}, most often for want of memory"
     return f"{name} was ended from outside: {reason}"
 
@@ -151,7 +154,7 @@ def together(place: Place, command: Callable[[], int]) -> int:
 
     A command of several processes, of any number of machines, ends in all of them, whichever fails.
     """
-    # Torchrun's way to end a process: what was started here ends too.
+    # Torchrun's way to end it: what it has started ends too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     team = Team(place)
     team.show_life()

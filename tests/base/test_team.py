@@ -120,7 +120,8 @@ def test_a_disk_that_is_not_shared_is_one_sentence(two, monkeypatch, tmp_path):
 
 def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monkeypatch, tmp_path):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
-    read = []
+    read, peaks = [], {}
+    monkeypatch.setattr(processes, "note_peaks", peaks.__setitem__)
 
     def other(first, number, *_):
         function, arguments = processes._read_call(two[1], *json.loads(two[1].next_call(number)))
@@ -132,4 +133,5 @@ def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monk
     processes._hand_out(two[0], print, (1, "two"))
     ((function, arguments, files),) = read
     assert (function, arguments, len(files)) == (print, (1, "two"), 1)
+    assert peaks == {rank: {"peak_memory_bytes": 7} for rank in (0, 1)}
     assert not list((tmp_path / processes.CALLS).iterdir())

@@ -27,8 +27,8 @@ from codalib.training.trainer import read_log
 LIMIT = 300  # s: a node that takes longer hangs
 # Nothing is drawn at random but the order of the images, which is the same for any number of processes.
 SETTINGS = {"width": 16, "depth": 2, "heads": 2, "dropout": 0.0, "condition_dropout": 0.0, "label_smoothing": 0.0}
-SETTINGS |= {"precision": "float32"}  # the other rounds a batch of two and one of four apart
-SETTINGS |= {"steps": 6, "warmup_steps": 2, "ema": 0.5, "learning_rate": 0.01, "log_every": 1, "checkpoint_every": 2}
+SETTINGS |= {"steps": 6, "warmup_steps": 2, "ema": 0.5, "learning_rate": 0.01, "precision": "float32"}
+SETTINGS |= {"log_every": 1, "checkpoint_every": 2}
 
 
 def train(batch_size, folder, stalled=None, step=None):
