@@ -37,7 +37,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements.lock
 	@if [ "$$(uname)" != Linux ]; then echo "The environment in $(VENV): 0.6 GB to download."; \
 	elif [ -n "$(TORCH_INDEX)" ]; then echo "The environment in $(VENV): about 1 GB to download, below 3 GB on disk."; \
-	else echo "The environment in $(VENV): 3.6 GB to download, 6.6 GB on disk."; \
+	else echo "The environment in $(VENV): 3.6 GB to download, 7 GB on disk."; \
 	    command -v nvidia-smi > /dev/null || echo "No NVIDIA GPU is seen: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares 2.5 GB."; fi
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LATEST),,--constraint requirements.lock) \

@@ -42,6 +42,7 @@ def hooks(checkout):
     return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git is installed")
 def test_the_hooks_let_a_committed_notebook_be_and_strip_a_run_one(checkout):
     path = checkout / "notebooks" / "fig7_reconstructions.ipynb"
     committed = path.read_bytes()

@@ -4,6 +4,7 @@ The first test shows that all others see none.
 """
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,32 @@ def test_the_embedded_models_sample_as_on_the_processor():
         drawn.append([level.cpu() for level in tokens])
         assert tokenizer.to(device).decode(tokens).isfinite().all()
     assert (torch.cat([(a == b).flatten() for a, b in zip(*drawn, strict=True)]).float().mean()) > 0.5
+
+
+def test_half_an_hour_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """The script for a lent GPU: what its time does not reach goes on, what has ended is not done again."""
+    script = runpy.run_path(str(ROOT / "tests/gpu/half_hour.py"))
+    own, calls = script["main"].__globals__, []
+
+    def run_part(name, command, out, seconds, tiny):
+        calls.append(name)
+        (out / f"{name.replace(' ', '-').replace(',', '')}.log").write_text('x\n{"images_a_second": 2.5}\n')
+        return None if name == "sampling" and calls.count(name) == 1 else int(name == "tests")
+
+    monkeypatch.setitem(own, "run_part", run_part)
+    monkeypatch.setattr(sys, "argv", ["half_hour.py", "--out", str(tmp_path), "--tiny"])
+    assert own["main"]() == 3
+    assert own["main"]() == 0
+    names = list(script["parts"](tmp_path, True))
+    assert calls == [*names, "sampling"]
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| tests | ended with status 1 |" in summary
+    assert "| sampling | ended | 0 | 2.5 |" in summary
+    assert all(hasattr(TokenizerSettings, name) for changes in own["VARIANTS"].values() for name in changes)
+
+
+def test_a_part_whose_time_is_over_is_ended(tmp_path):
+    run_part = runpy.run_path(str(ROOT / "tests/gpu/half_hour.py"))["run_part"]
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    assert run_part("x", [sys.executable, "-c", code], tmp_path, 0.5, True) is None
+    assert run_part("x", [sys.executable, "-c", "raise SystemExit(4)"], tmp_path, 60, True) == 4

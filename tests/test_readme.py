@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from codalib.experiments.paper import CLAIMS
@@ -67,6 +69,7 @@ def test_its_notebooks_and_profiles_exist():
     assert [path.name for path in (ROOT / "notebooks").glob("*.ipynb") if path.name not in listed] == []
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")
 def test_the_set_up_says_first_how_much_it_downloads(tmp_path):
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         (tmp_path / name).write_text((ROOT / name).read_text())
