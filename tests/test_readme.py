@@ -73,7 +73,7 @@ def test_its_notebooks_and_profiles_exist():
 def test_the_set_up_says_first_how_much_it_downloads(tmp_path):
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    command = ["make", "setup", "PYTHON=false"]  # nothing is installed
+    command = ["make", "--no-print-directory", "setup", "PYTHON=false"]  # nothing is installed
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert re.match(r"The environment in \.venv: [\d.]+ GB to download", result.stdout), result.stderr
     assert result.returncode != 0

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import pickle
 import socket
 from dataclasses import replace
 from types import SimpleNamespace
@@ -116,6 +118,13 @@ def test_a_disk_that_is_not_shared_is_one_sentence(two, monkeypatch, tmp_path):
         FileNotFoundError, match=r"there, which process 1 has written, is not to be seen here: expected one"
     ):
         processes._read_call(two[1], str(tmp_path / "there"), "")
+
+
+def test_a_call_that_is_not_the_first_processs_own_is_not_read(two, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "DISK", -1.0)
+    (tmp_path / "call").write_bytes(pickle.dumps((print, ())))
+    with pytest.raises(FileNotFoundError, match="is not to be seen here"):
+        processes._read_call(two[1], str(tmp_path / "call"), hashlib.sha256(b"another").hexdigest())
 
 
 def test_what_is_handed_out_lies_on_the_shared_disk_while_it_is_needed(two, monkeypatch, tmp_path):
