@@ -263,3 +263,14 @@ def test_bad_configs_raise():
         quantizer_from_config({"kind": "fsq"})
     with pytest.raises(ValueError, match="of the quantizer kind 'nearest'"):
         quantizer_from_config({"kind": "nearest", "norm": "rms"})
+
+
+def test_the_defaults_are_the_releases():
+    quantizer = ResidualAttentionQuantizer(latent_channels=4, codebook_size=8, scales=(1, 2), attention_dim=4)
+    config = quantizer.config()
+    assert {name: config[name] for name in ("beta", "entropy_temperature", "norm")} == {
+        "beta": 0.05,
+        "entropy_temperature": 0.01,
+        "norm": "rms",
+    }
+    assert ResidualNearestQuantizer(4, 8, (1, 2)).config()["beta"] == 0.25  # VQ-VAE's
