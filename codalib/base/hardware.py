@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 THREADS = "CODALIB_THREADS"  # in the environment: a fixed number, or "auto" (not set: OMP_NUM_THREADS, else "auto")
 # GNU's and Intel's OpenMP: a thread that waits sleeps after a moment. A step of the emoji tokenizer on 2 cores, in s:
-# quiet 0.72 with no turns, 0.58 with 1,000, 0.47 with torch's own many; beside one other process 1.1, 1.3 and 1.9 to 5.
+# quiet 0.72 without spinning, 0.58 with 1,000 spins, 0.47 by default; beside one other process 1.1, 1.3 and 1.9.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 SAMPLE_SECONDS = 0.25  # over which the load of others is measured at a start
 SLOW, SLOW_STEPS = 3.0, 3  # times the fastest step, and so many such steps in a row: the threads are chosen anew

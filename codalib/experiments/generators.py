@@ -64,8 +64,8 @@ class GeneratorTrials:
     Args:
         settings: what all trainings share; learning rate, steps of the bracket and seed are a trial's own.
         evaluation: the seed is a trial's own.
-        samplers: name -> configuration; every final generator is sampled by the first, those of the first tokenizer by
-            all, since many steps take long.
+        samplers: name -> configuration; every final generator is sampled by the first, the one of fewest steps, and
+            those of the first tokenizer by all, since many steps take long.
         tokenizers: name -> where it comes from; all of one VAE and the same images.
         trials: where the results lie.
         work: folder of the token caches, checkpoints and features, and in work/generators of what was trained.
