@@ -171,26 +171,23 @@ class GeneratorTrials:
 
 
 def beyond_floor(rows: Sequence[Mapping[str, Any]], sampler: str) -> list[dict[str, Any]]:
-    """How much closer each tokenizer's samples are than shuffled tokens, beyond as many real images; a row a tokenizer.
+    """How much closer each tokenizer's samples are than shuffled tokens, beyond as many real images.
 
     Args:
         rows: of `GeneratorTrials.run`.
-    Returns rows of "tokenizer", "asked class seen" (the mean over seeds), and for the Frechet and the kernel distance
-    "METRIC", "METRIC of shuffled tokens", "METRIC of real images", "METRIC: times closer" (None where the samples are
-    not farther than the real images).
+    Returns a row for each tokenizer and each of the Frechet and the kernel distance: "tokenizer", "distance", and of it
+    "samples" (the mean over seeds), "shuffled tokens", "real images" and "times closer" (None where the samples are not
+    farther than the real images).
     """
     table = []
     for base in (row for row in rows if row["setting"] == "baselines"):
         judged = [row["judged"][sampler] for row in _finals(rows, base["tokenizer"])]
-        line = {"tokenizer": base["tokenizer"]}
-        if "class_accuracy" in judged[0]:
-            line["asked class seen"] = _mean(judged, "class_accuracy")
         for metric in _distances(judged[0]):
             own = _mean(judged, metric)
             shuffled, floor = (base["judged"][method][metric] for method in (SHUFFLED, FLOOR))
-            line |= {metric: own, f"{metric} of shuffled tokens": shuffled, f"{metric} of real images": floor}
-            line[f"{metric}: times closer"] = (shuffled - floor) / (own - floor) if own > floor else None
-        table.append(line)
+            line = {"tokenizer": base["tokenizer"], "distance": metric, "samples": own}
+            line |= {"shuffled tokens": shuffled, "real images": floor}
+            table.append(line | {"times closer": (shuffled - floor) / (own - floor) if own > floor else None})
     return table
 
 

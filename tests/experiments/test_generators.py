@@ -123,11 +123,11 @@ def results(ours, ours_many, theirs):
 
 def test_closeness_is_counted_beyond_real_images():
     rows = results((300.0, 320.0, 280.0), (290.0, 300.0, 270.0), (90.0, 90.0, 90.0))
-    ours, theirs = beyond_floor(rows, "few")
-    assert ours["fd_effnet@32: times closer"] == pytest.approx((900 - 100) / (300 - 100))
-    assert ours["kd_effnet@32: times closer"] == pytest.approx((90 - 10) / (30 - 10))
-    assert ours["asked class seen"] == pytest.approx(0.7)
-    assert theirs["fd_effnet@32: times closer"] is None
+    ours, ours_kernel, theirs, _ = beyond_floor(rows, "few")
+    assert (ours["tokenizer"], ours["distance"], ours["samples"]) == ("ours", "fd_effnet@32", pytest.approx(300))
+    assert ours["times closer"] == pytest.approx((900 - 100) / (300 - 100))
+    assert ours_kernel["times closer"] == pytest.approx((90 - 10) / (30 - 10))
+    assert (theirs["tokenizer"], theirs["times closer"]) == ("theirs", None)
 
 
 def test_claims_by_hand():
