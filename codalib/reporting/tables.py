@@ -18,6 +18,8 @@ DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  
 FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies", "token_change")
 PAPER_PREFIX = "paper_"
 pd.options.display.html.use_mathjax = False  # cells hold names of folders and classes, no formulas
+for _limit in ("max_rows", "max_columns", "max_colwidth"):  # a table shows all it has, a page scrolls
+    pd.set_option(f"display.{_limit}", None)
 
 
 def spread(values: Sequence[float], unit: str = "") -> str:

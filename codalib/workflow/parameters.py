@@ -21,6 +21,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
+import codalib.reporting.tables  # noqa: F401  its options of pandas: settings are shown whole
 from codalib.base.files import PLAIN
 from codalib.workflow.profiles import StageError
 from codalib.workflow.types import advice, convert, parse, spell

@@ -2,7 +2,7 @@
 
 import ast
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal
 
 import nbformat
@@ -233,6 +233,13 @@ def test_the_table_says_which_defaults_are_changed():
     assert table.loc[("Settings", "norm")].tolist() == ["None", "'rms'"]
     assert table.loc[("Settings", "rate")].tolist() == ["0.1", ""]
     assert len(table) == 6
+
+
+def test_the_table_is_shown_whole():
+    many = make_dataclass("Many", [(f"field_{i}", str, "x" * 99) for i in range(200)])
+    shown = settings_table(many())._repr_html_()
+    assert all(f"field_{i}<" in shown for i in range(200))
+    assert shown.count("x" * 99) == 200
 
 
 def test_papermill_takes_fields_by_name(tmp_path):
