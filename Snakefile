@@ -24,7 +24,6 @@ ORDER = [
     "explore",
     "bring_your_own",
     "00_pretrain_vae",
-    "01_fit_quantizers",
     "01_quantizer_factorial",
     "01_adapted_factorial",
     "01_training_budget",

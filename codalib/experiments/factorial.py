@@ -23,10 +23,11 @@ from torch import Tensor
 from codalib.datasets.images import ImageDataset, evaluation_batches
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
 from codalib.evaluation.metrics import psnr
+from codalib.experiments.ablation import Fitted, with_weights
 from codalib.experiments.bracketing import bracket, bracket_both
 from codalib.experiments.paper import USED
 from codalib.experiments.statistics import claim_verdict
-from codalib.experiments.trials import Compared, TrialFolder, data_digest
+from codalib.experiments.trials import Compared, TrialFolder, data_digest, words
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.vae import ContinuousVAE
@@ -77,7 +78,7 @@ class Factorial:
         settings: what all trials share; kind, start, scales, learning rate, entropy weight and seed are a trial's own.
         data: see `FactorialData`.
         results: folder of the finished trials' JSON files.
-        work: folder of the checkpoints of the trial that runs.
+        work: folder of the checkpoints of the trial that runs, and of the final ones, for `fitted`.
         scored: steps after which a trial is scored on the choosing images, the last one besides.
         provenance: what each result's file says of the run: commit, machine, versions.
     """
@@ -173,7 +174,7 @@ class Factorial:
             return {"method": method, "grid": grid, **self._fit(own, name, decoded), "settings": own.deciding()}
 
         return self.trials.once(
-            f"{grid} {method} rate {rate:g} entropy {weight:g} seed {seed}",
+            self._name(method, grid, own),
             [PROTOCOL, self.data.digest, own.deciding(), self.scored],
             make,
             lambda found: not decoded or "test" not in found or "test_psnr" in found,
@@ -181,9 +182,8 @@ class Factorial:
 
     def _fit(self, settings: QuantizerSettings, name: str, decoded: bool) -> dict[str, Any]:
         folder, started = self.work / name, time.monotonic()
-        snapshots = [step for step in self.scored if step < settings.steps]
         try:
-            quantizer = fit_quantizer(settings, self.data.train, folder, snapshots=snapshots)
+            quantizer = self._quantizer(settings, folder)
         except NonFiniteLoss as error:
             shutil.rmtree(folder, ignore_errors=True)
             return {"choose": {}, "failed": str(error)}
@@ -193,9 +193,38 @@ class Factorial:
         found = {"choose": choose, "test": test, "test_errors": [float(f"{error:.4g}") for error in errors.tolist()]}
         if decoded:
             found["test_psnr"] = [round(value, 3) for value in self._psnr(quantizer)]
-        found |= {"curve": [self._at(quantizer, folder, step) for step in snapshots], "seconds": seconds}
-        shutil.rmtree(folder, ignore_errors=True)
-        return found
+        curve = [self._at(quantizer, folder, step) for step in self.scored if step < settings.steps]
+        if not decoded:
+            shutil.rmtree(folder, ignore_errors=True)
+        return found | {"curve": curve, "seconds": seconds}
+
+    def _quantizer(self, settings: QuantizerSettings, folder: Path) -> ResidualQuantizer:
+        return fit_quantizer(settings, self.data.train, folder, snapshots=self._snapshots(settings))
+
+    def _snapshots(self, settings: QuantizerSettings) -> list[int]:
+        return [step for step in sorted({0, *self.scored}) if step < settings.steps]
+
+    def fitted(self, method: str, setting: str, row: Mapping[str, Any], moments: bool = False) -> Fitted:
+        """The quantizer behind a finished trial, from its folder in `work` or fitted again.
+
+        Args:
+            method, setting: what it is called, see `ablation.METHODS`.
+            moments: with its states before training and after each number of steps in `scored`.
+        """
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in row["settings"].items()}
+        settings = replace(self.settings, **values)
+        folder = self.work / words(self._name(row["method"], row["grid"], settings))
+        quantizer = self._quantizer(settings, folder).requires_grad_(False)
+        steps = self._snapshots(settings) if moments else []
+        states = (
+            with_weights(settings, quantizer.latent_channels, folder / f"snapshot-{n}.safetensors") for n in steps
+        )
+        return Fitted(method, setting, settings, quantizer, tuple(zip(steps, states, strict=True)))
+
+    @staticmethod
+    def _name(method: str, grid: str, settings: QuantizerSettings) -> str:
+        rate, weight = settings.learning_rate, settings.entropy_weight
+        return f"{grid} {method} rate {rate:g} entropy {weight:g} seed {settings.seed}"
 
     def _at(self, quantizer: ResidualQuantizer, folder: Path, step: int) -> dict[str, Any]:
         quantizer.load_state_dict(load_file(folder / f"snapshot-{step}.safetensors"))
@@ -217,45 +246,52 @@ def factorial_claims(
 ) -> list[dict[str, Any]]:
     """The verdicts on the claims that the rows of `Factorial.run` bear on, the error image by image.
 
-    Attention is compared with nearest codes that start from data, each at its best; of attention's two starts the one
-    whose choosing images have the lower error stands. `concepts` are those of the test images. Levels are compared
-    on the grids that are one full grid or grow to it, with nearest codes; of two with as many levels the last stands.
+    Attention is compared with nearest codes that start from data, each at its best and each at the paper's setting; of
+    attention's two starts the one whose choosing images have the lower error stands. `concepts` are those of the test
+    images. Levels are compared on the grids that are one full grid or grow to it, with nearest codes; of two with as
+    many levels the last stands.
     """
-    best: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["setting"] == "best":
-            best.setdefault(f"{row['grid']}, {row['method']}", []).append(row)
-    found, claims = Compared(best, concepts), []
-    for grid in grids:
-        starts = [f"{grid}, attention, {start} start" for start in ("random", "data")]
-        starts = [name for name in starts if name in best]
-        nearest = f"{grid}, nearest, data start"
-        if not starts or nearest not in best:
-            continue
-        pair = nearest, min(starts, key=lambda name: best[name][0]["choose"]["relative_error"])
-        setting = f"{grid}, frozen VAE, each at its best"
-        text = f"{found.change('relative_error', *pair)} ({pair[1].removeprefix(grid + ', ')})"
-        parts: dict[str, Any] = {"relative_error": found.error_falls(*pair)}
-        claims.append(claim_verdict("attention_error", parts, text, setting=setting))
-        used = [own - USED for own in found.of(pair[1], "utilization")]
-        parts = {"utilization": found.gains("utilization", *pair), "utilization floor": used}
-        text = found.change("utilization", *pair)
-        claims.append(claim_verdict("attention_utilization", parts, text, setting=setting))
-        kept = {
-            "token_change": [a - b for a, b in zip(*(found.of(name, "token_change") for name in pair), strict=True)]
-        }
-        text = found.change("token_change", *pair)
-        claims.append(claim_verdict("sparse_assignment", kept, text, setting=setting))
-    return claims + _level_claims(found, grids)
+    claims: list[dict[str, Any]] = []
+    for setting, tuned in (("best", "each at its best"), ("paper", "the paper's setting")):
+        cells: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row["setting"] == setting and "test" in row:
+                cells.setdefault(f"{row['grid']}, {row['method']}", []).append(row)
+        found = Compared(cells, concepts)
+        for grid in grids:
+            claims += _attention_claims(found, grid, tuned)
+        claims += _level_claims(found, grids, tuned)
+    return claims
 
 
-def _level_claims(found: Compared, grids: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+def _attention_claims(found: Compared, grid: str, tuned: str) -> list[dict[str, Any]]:
+    """Attention lowers the error, uses every code and keeps its tokens, on one grid where both methods were fitted."""
+    starts = [f"{grid}, attention, {start} start" for start in ("random", "data")]
+    starts = [name for name in starts if name in found.rows]
+    nearest = f"{grid}, nearest, data start"
+    if not starts or nearest not in found.rows:
+        return []
+    pair = nearest, min(starts, key=lambda name: found.rows[name][0]["choose"]["relative_error"])
+    setting = f"{grid}, frozen VAE, {tuned}"
+    text = f"{found.change('relative_error', *pair)} ({pair[1].removeprefix(grid + ', ')})"
+    error = claim_verdict("attention_error", {"relative_error": found.error_falls(*pair)}, text, setting=setting)
+    used = {
+        "utilization": found.gains("utilization", *pair),
+        "utilization floor": [own - USED for own in found.of(pair[1], "utilization")],
+    }
+    used = claim_verdict("attention_utilization", used, found.change("utilization", *pair), setting=setting)
+    kept = {"token_change": [a - b for a, b in zip(*(found.of(name, "token_change") for name in pair), strict=True)]}
+    kept = claim_verdict("sparse_assignment", kept, found.change("token_change", *pair), setting=setting)
+    return [error, used, kept]
+
+
+def _level_claims(found: Compared, grids: Mapping[str, Sequence[int]], tuned: str) -> list[dict[str, Any]]:
     """Residual levels lower the error: from the fewest to the most, and each step between grids that end alike."""
     names = {len(scales): f"{grid}, nearest, data start" for grid, scales in grids.items() if _pyramid(scales)}
     names = {levels: names[levels] for levels in sorted(names) if names[levels] in found.rows}
     if len(names) < 2:
         return []
-    ends, setting = (names[min(names)], names[max(names)]), "frozen VAE, nearest codes, data start"
+    ends, setting = (names[min(names)], names[max(names)]), f"frozen VAE, nearest codes, data start, {tuned}"
     text, parts = found.change("relative_error", *ends), {"relative_error": found.error_falls(*ends)}
     claims = [claim_verdict("residual_error", parts, text, setting=setting)]
     if len(names) > 2:

@@ -29,7 +29,7 @@ def test_embedded_data_that_are_not_here_say_how_to_get_them(tmp_path, monkeypat
         lambda: ours.load_vae("emoji"),
         lambda: load_tokenizer("emoji"),
         lambda: maskgit.MaskGIT.from_pretrained("emoji-class"),
-        lambda: ablation.load_trials("emoji"),
+        lambda: ablation.load_quantizers("emoji"),
     ):
         with pytest.raises(paths.MissingPart, match=SENTENCE):
             load()

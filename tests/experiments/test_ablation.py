@@ -1,5 +1,4 @@
-import itertools
-from dataclasses import replace
+"""The quantizers that Table 1 and Figures 3 to 6 compare."""
 
 import pytest
 import torch
@@ -10,133 +9,99 @@ from codalib.experiments.ablation import (
     ONE_LEVEL_ATTENTION,
     RESIDUAL,
     VQ,
-    best,
+    Fitted,
+    ablation_rows,
     chosen,
-    fit_methods,
-    fit_trial,
-    load_trials,
-    paper_setting,
-    save_trials,
+    load_quantizers,
+    save_quantizers,
 )
 from codalib.experiments.sweeps import BEST, PAPER
 from codalib.training.settings import QuantizerSettings
 
-SETTINGS = QuantizerSettings(steps=20, batch_size=8, codebook_size=16, scales=(1, 2, 4), ema=0.0, log_every=20)
+
+def row(grid, kind, start, setting, seed=0, error=1.0):
+    settings = {"kind": kind, "start": start, "seed": seed}
+    found = {"grid": grid, "setting": setting, "settings": settings, "choose": {"relative_error": error}, "test": {}}
+    return found | {"name": (grid, kind, start, setting, seed)}
 
 
-@pytest.fixture(scope="module")
-def latents():
-    return torch.randn(40, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+def whole_factorial():
+    """Attention from data is better on one grid, from random codes on the other; nearest codes from data."""
+    errors = {("nearest", "random"): 3, ("nearest", "data"): 2}
+    own = {"flat": errors | {("attention", "random"): 5, ("attention", "data"): 4}}
+    own["deep"] = errors | {("attention", "random"): 4, ("attention", "data"): 5}
+    return [
+        row(grid, kind, start, setting, seed, error + (setting == "paper") * 10 + seed)
+        for grid, cells in own.items()
+        for (kind, start), error in cells.items()
+        for setting in ("tried", "best", "paper")
+        for seed in ((0,) if setting == "tried" else (0, 1))
+    ]
 
 
-@pytest.fixture(scope="module")
-def trials(latents, tmp_path_factory):
-    folder, pairs = tmp_path_factory.mktemp("sweep"), itertools.product([0.0005, 0.02], [0.05, 0.0])
-    settings = [replace(SETTINGS, learning_rate=rate, entropy_weight=weight) for rate, weight in pairs]
-    return [fit_trial(ATTENTION, own, latents, folder) for own in settings]
+def test_each_method_is_a_cell_of_the_factorial_at_its_better_start():
+    rows = ablation_rows(whole_factorial(), "flat", "deep")
+    cells = {VQ: ("flat", "nearest", "data"), ONE_LEVEL_ATTENTION: ("flat", "attention", "data")}
+    cells |= {RESIDUAL: ("deep", "nearest", "data"), ATTENTION: ("deep", "attention", "random")}
+    assert [(method, setting, own["name"]) for method, setting, own in rows] == [
+        (method, setting, (*cells[method], name, seed))
+        for method in METHODS
+        for setting, name in ((BEST, "best"), (PAPER, "paper"))
+        for seed in (0, 1)
+    ]
 
 
-@pytest.fixture(scope="module")
-def fitted(latents, tmp_path_factory):
-    rates = [0.0005, 0.05], [0.0005, 0.02]
-    return fit_methods(
-        SETTINGS, latents, tmp_path_factory.mktemp("fits"), *rates, [0.05], seeds=[3, 4], snapshots=[0, 7]
-    )
+def test_a_method_without_a_finished_trial_is_refused():
+    rows = whole_factorial()
+    with pytest.raises(ValueError, match=r"expected a finished trial of nearest codes on 'x', best setting, got none"):
+        ablation_rows(rows, "flat", "x")
+    for own in rows:
+        if own["setting"] == "paper" and own["settings"]["kind"] == "attention":
+            del own["test"]  # a loss that was not finite
+    with pytest.raises(ValueError, match=r"attention codes on 'flat', paper setting"):
+        ablation_rows(rows, "flat", "deep")
+
+
+def fitted(method, setting, seed, steps=()):
+    kind, residual = METHODS[method]
+    settings = QuantizerSettings(9, 2, kind=kind, codebook_size=16, scales=(1, 4) if residual else (4,), seed=seed)
+    torch.manual_seed(seed)
+    first, *states = [settings.build_quantizer(4).requires_grad_(False) for _ in (0, *steps)]
+    return Fitted(method, setting, settings, first, tuple(zip(steps, states, strict=True)))
 
 
 def weights(quantizer):
     return torch.cat([value.flatten() for value in quantizer.state_dict().values()])
 
 
-def test_the_best_has_the_lowest_error(trials):
-    assert best(trials).quantization_error == min(trial.quantization_error for trial in trials)
-    assert best(trials).settings.learning_rate == 0.02
-
-
-def test_the_papers_setting_is_found_or_missed_in_words(trials):
-    assert paper_setting(trials).settings.learning_rate == 0.0005
-    assert paper_setting(trials).row()["entropy_weight"] == 0.05
-    with pytest.raises(ValueError, match="the paper's"):
-        paper_setting(trials[1:])
-
-
-def test_held_out_latents_are_not_trained_on(latents, tmp_path):
-    changed = latents.clone()
-    changed[-4:] *= 10  # the last tenth
-    first, second = (fit_trial(VQ, SETTINGS, x, tmp_path / n) for n, x in (("a", latents), ("b", changed)))
-    codes = [trial.quantizer.codebooks.weight for trial in (first, second)]
-    assert torch.equal(*codes)
-    assert second.quantization_error > first.quantization_error
-
-
-def test_the_chosen_settings_are_fitted_with_every_seed(fitted):
-    for method, (kind, residual) in METHODS.items():
-        own = [trial for trial in fitted if trial.method == method]
-        assert {trial.quantizer.kind for trial in own} == {kind}
-        assert {trial.settings.scales for trial in own} == {(1, 2, 4) if residual else (4,)}
-        assert sum(trial.settings.seed == 3 for trial in own) == 2  # the sweep
-        for setting in (BEST, PAPER):
-            seeds = chosen(fitted, method, setting)
-            assert [trial.settings.seed for trial in seeds] == [3, 4]
-            assert len({(trial.settings.learning_rate, trial.settings.entropy_weight) for trial in seeds}) == 1
-        assert {t.settings.learning_rate for t in chosen(fitted, method, PAPER)} == {0.0005}
-    with pytest.raises(ValueError, match="got 'x'"):
-        chosen(fitted, "x", BEST)
-
-
-def test_a_sweep_without_the_papers_setting_is_refused(latents, tmp_path):
-    with pytest.raises(ValueError, match=r"expected the paper's .* got \[\(0.05, 0.0\)\]"):
-        fit_methods(SETTINGS, latents, tmp_path, [0.05], [0.0005], [0.05])
-    assert not list(tmp_path.iterdir())
-
-
-def test_trials_are_listed_by_seed(fitted):
-    own = [(t.settings.seed, t.settings.learning_rate) for t in fitted if t.method == VQ]
-    assert own[:2] == [(3, 0.0005), (3, 0.05)]
-    assert own[2:] == sorted(own[2:])
-
-
-def test_snapshots_are_states_on_the_way(fitted, latents, tmp_path):
-    for trial in fitted:
-        kept = trial.method in (VQ, ONE_LEVEL_ATTENTION) and trial.settings.seed == 3
-        assert [step for step, _ in trial.snapshots] == ([0, 7] if kept else [])
-    trial = chosen(fitted, VQ, BEST)[0]
-    (_, start), (_, later) = trial.snapshots
-    torch.manual_seed(3)
-    assert torch.equal(weights(start), weights(trial.settings.build_quantizer(4)))
-    assert not torch.equal(weights(start), weights(later))
-    assert not torch.equal(weights(later), weights(trial.quantizer))
-    # Keeping them changes nothing.
-    plain = fit_trial(VQ, trial.settings, latents, tmp_path)
-    assert torch.equal(weights(plain.quantizer), weights(trial.quantizer))
-
-
-def test_trials_are_read_as_they_were_written(fitted, latents, tmp_path):
-    save_trials(fitted, tmp_path / "q", "emoji")
+def test_quantizers_are_read_as_they_were_written(tmp_path):
+    written = [fitted(VQ, BEST, 3, (0, 7)), fitted(VQ, BEST, 4), fitted(ATTENTION, PAPER, 3)]
+    save_quantizers(written, tmp_path / "q", "emoji")
     state = torch.random.get_rng_state()
-    again, vae = load_trials(tmp_path / "q")
+    read, vae = load_quantizers(tmp_path / "q")
     assert torch.equal(state, torch.random.get_rng_state())
     assert vae == "emoji"
-    assert [trial.row() for trial in again] == [trial.row() for trial in fitted]
-    for one, two in zip(again, fitted, strict=True):
-        assert one.settings == two.settings
+    for one, two in zip(read, written, strict=True):
+        assert (one.method, one.setting, one.settings) == (two.method, two.setting, two.settings)
         assert torch.equal(weights(one.quantizer), weights(two.quantizer))
         assert [step for step, _ in one.snapshots] == [step for step, _ in two.snapshots]
         for (_, left), (_, right) in zip(one.snapshots, two.snapshots, strict=True):
             assert torch.equal(weights(left), weights(right))
-    with pytest.raises(ValueError, match="01_fit_quantizers"):
-        load_trials(tmp_path / "nothing")
-
-
-def test_one_level_and_residual_are_told_apart():
-    assert METHODS[VQ] == ("nearest", False)
-    assert METHODS[RESIDUAL] == ("nearest", True)
+    assert [own.settings.seed for own in chosen(read, VQ, BEST)] == [3, 4]
+    with pytest.raises(ValueError, match=r"expected one of \+ attention.*, paper's setting; .* got 'Vector"):
+        chosen(read, VQ, PAPER)
+    with pytest.raises(ValueError, match="01_quantizer_factorial"):
+        load_quantizers(tmp_path / "nothing")
 
 
 def test_the_embedded_quantizers_are_whole():
-    trials, vae = load_trials("emoji")
+    quantizers, vae = load_quantizers("emoji")
     assert vae == "emoji"
-    for method in METHODS:
+    for method, (kind, residual) in METHODS.items():
         for setting in (BEST, PAPER):
-            assert len(chosen(trials, method, setting)) >= 3
-    assert chosen(trials, VQ, BEST)[0].snapshots
+            own = chosen(quantizers, method, setting)
+            assert len({one.settings.seed for one in own}) >= 3
+            assert all(one.settings.kind == kind and (len(one.settings.scales) > 1) == residual for one in own)
+            rates = {one.settings.learning_rate for one in own}
+            assert rates == {0.0005} if setting == PAPER else len(rates) == 1
+    assert chosen(quantizers, VQ, BEST)[0].snapshots

@@ -9,8 +9,9 @@ import torch
 from codalib import load_dataset, load_vae
 from codalib.base.files import read_json
 from codalib.base.paths import project_folder
+from codalib.evaluation.latents import quantizer_scores
 from codalib.experiments.factorial import METHODS, PROTOCOL, Factorial, FactorialData, factorial_claims
-from codalib.experiments.trials import data_digest
+from codalib.experiments.trials import data_digest, words
 from codalib.training.settings import QuantizerSettings
 
 SETTINGS = QuantizerSettings(steps=4, batch_size=4, codebook_size=16, ema=0.0, checkpoint_every=100)
@@ -45,7 +46,10 @@ def test_every_cell_is_bracketed_and_fitted_with_every_seed(tmp_path, data):
         rates = {row["settings"]["learning_rate"] for row in own if row["setting"] == "tried"}
         best = next(row["settings"]["learning_rate"] for row in own if row["setting"] == "best")
         assert min(rates) < best < max(rates) or best == 0
-    assert not list((tmp_path / "work").glob("*"))
+    final = {f"one-grid-{words(row['method'])}" for row in rows if row["setting"] != "tried"}
+    kept = [folder.name for folder in (tmp_path / "work").iterdir()]
+    assert len(kept) == 16  # the final ones, two settings and two seeds a method; the others' are gone
+    assert {name.partition("-rate-")[0] for name in kept} == final
     assert rows[0]["commit"] == "abc"
     assert [point["step"] for point in rows[0]["curve"]] == [2]
 
@@ -58,6 +62,29 @@ def test_a_finished_trial_is_read_and_not_fitted_again(tmp_path, data, monkeypat
     assert json.loads(next((tmp_path / "results").iterdir()).read_text())["test"] == first["test"]
 
 
+def test_the_quantizer_behind_a_trial_is_kept_and_can_be_fitted_again(tmp_path, data, monkeypatch):
+    own = factorial(tmp_path, data)
+    row = own.trial("attention, random start", "two levels", [4, 8], 0.05, 0.02, 1, decoded=True)
+    again = factorial(tmp_path / "elsewhere", data).fitted("x", "y", row, moments=True)
+    monkeypatch.setattr("codalib.training.quantizer.QuantizerStage.train_step", lambda *_: pytest.fail("trained"))
+    kept = own.fitted("x", "y", row)
+    assert (kept.method, kept.setting, kept.snapshots) == ("x", "y", ())
+    assert kept.settings.deciding() == own_settings(row)
+    for one, two in zip(kept.quantizer.state_dict().values(), again.quantizer.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    assert quantizer_scores(kept.quantizer, *data.test)[0] == row["test"]
+    assert [step for step, _ in again.snapshots] == [0, 2]
+    start, later = (state.codebooks.weight for _, state in again.snapshots)
+    torch.manual_seed(1)
+    assert torch.equal(start, kept.settings.build_quantizer(16).codebooks.weight)
+    assert not torch.equal(start, later)
+    assert not torch.equal(later, again.quantizer.codebooks.weight)
+
+
+def own_settings(row):
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row["settings"].items()}
+
+
 def test_the_committed_trials_are_found_by_name(monkeypatch):
     """Ten hours of trials are in reports/: nothing that joins the settings may give them other names."""
     monkeypatch.setattr("codalib.experiments.factorial.fit_quantizer", lambda *_, **__: pytest.fail("fitted again"))
@@ -67,7 +94,7 @@ def test_the_committed_trials_are_found_by_name(monkeypatch):
     files = [read_json(file) for file in sorted(folder.glob("*.json"))]
     assert len(files) > 100
     for found in files:
-        own = {name: tuple(value) if isinstance(value, list) else value for name, value in found["settings"].items()}
+        own = own_settings(found)
         settings = QuantizerSettings(**own, compile=True, gradient_checkpointing=True)
         trials = Factorial(settings, data, folder, "nowhere", (500, 1000, 2000), {})
         cell = found["method"], found["grid"], own["scales"], own["learning_rate"], own["entropy_weight"], own["seed"]
@@ -94,12 +121,12 @@ def test_a_grid_may_have_some_methods_alone(tmp_path, data):
         next(own.run({"one grid": [8]}, [0], [0.05], [0.02], {"one grid": ["closest"]}))
 
 
-def result(grid, method, seed, error, change=0.5, used=1.0):
+def result(grid, method, seed, error, change=0.5, used=1.0, setting="best"):
     test = {"relative_error": error, "utilization": used, "token_change": change}
     return {
         "grid": grid,
         "method": method,
-        "setting": "best",
+        "setting": setting,
         "choose": {"relative_error": error},
         "test": test,
         "test_errors": [error * (1 + 0.001 * seed)] * 4,
@@ -120,6 +147,7 @@ def test_claims_by_hand():
         )
     ]
     verdicts = {claim["id"]: claim for claim in factorial_claims(rows, grids, list("abcd"))}
+    assert all("its best" in claim["setting"] for claim in verdicts.values())
     assert verdicts["attention_error"]["verdict"] == "holds"  # of the start that is better on the choosing images
     assert "data start" in verdicts["attention_error"]["effect"]
     assert verdicts["attention_utilization"]["verdict"] == "does not hold"
@@ -127,3 +155,19 @@ def test_claims_by_hand():
     assert verdicts["residual_error"]["verdict"] == "holds"  # from one grid to the most levels
     assert verdicts["levels_monotone"]["verdict"] == "does not hold"  # from two levels to the pyramid
     assert verdicts["levels_monotone"]["effect"].startswith("relative error at 1, 2, 4 levels")
+
+
+def test_the_papers_setting_has_verdicts_of_its_own():
+    rows = [
+        result("one grid", method, seed, error, setting=setting)
+        for seed in range(3)
+        for setting, errors in (("best", (0.2, 0.3)), ("paper", (0.4, 0.3)), ("tried", (0.1, 0.9)))
+        for method, error in zip(("nearest, data start", "attention, data start"), errors, strict=True)
+    ]
+    rows.append({"grid": "one grid", "method": "attention, random start", "setting": "paper", "choose": {}})  # failed
+    claims = factorial_claims(rows, {"one grid": [8]}, list("abcd"))
+    found = {claim["setting"]: claim["verdict"] for claim in claims if claim["id"] == "attention_error"}
+    assert found == {
+        "one grid, frozen VAE, each at its best": "does not hold",
+        "one grid, frozen VAE, the paper's setting": "holds",
+    }

@@ -193,7 +193,7 @@ def test_the_papers_comparisons_are_trained_as_its_tokenizer_is():
     assert variants == dataclasses.replace(tokenizer, evaluate_every=0)
     assert baselines == dataclasses.replace(tokenizer, codebook_size=16384)  # Figure 1c's
     assert values("ablations-imagenet", "01_train_variants")["learning_rates"] == [tokenizer.learning_rate]
-    fitted = values("ablations-imagenet", "01_fit_quantizers")
+    fitted = values("ablations-imagenet", "01_quantizer_factorial")
     assert (fitted["batch_size"], fitted["steps"]) == (512, tokenizer.steps)
     assert fitted["codebook_size"] == tokenizer.codebook_size
     images = [values("ablations-imagenet", stage) for stage in profile_stages("ablations-imagenet", STEMS)]
