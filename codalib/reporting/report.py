@@ -5,7 +5,6 @@ It reads only the `manifest.json` of each stage in `runs/PROFILE/` and the files
 
 import itertools
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,10 +45,11 @@ of by distance, so that all codes come into use; and it adapts the autoencoder a
 # --- the stages -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Stage:
-    """One notebook's run: its folder and what its manifest says."""
+    """One notebook's run: its folder and what its manifest says; or, KEPT, what a report's folder holds of it."""
 
     folder: Path
     manifest: dict[str, Any]
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -57,8 +57,8 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """The executed notebook's first heading; its name where it was not run through papermill."""
-        notebook = self.folder.parent / f"{self.name}.ipynb"
+        """The notebook's first heading, as it was executed; its name where it was not run through papermill."""
+        notebook = (project_folder() / "notebooks" if self.kept else self.folder.parent) / f"{self.name}.ipynb"
         cells = read_json(notebook)["cells"] if notebook.exists() else []
         text = "".join(cells[0]["source"]) if cells else ""
         return text.splitlines()[0].removeprefix("# ") if text.startswith("# ") else self.name
@@ -70,6 +70,10 @@ class Stage:
     def results(self, kind: str) -> list[dict[str, Any]]:
         """The results of one kind, "tables", "figures" or "claims"; none while the stage has not finished."""
         return self.manifest["results"].get(kind, []) if self.finished else []
+
+    def file(self, kind: str, name: str) -> Path:
+        """Where a result's file lies, KIND being "tables" or "figures"."""
+        return self.folder / kind / f"{self.name}-{name}" if self.kept else self.folder / name
 
     @property
     def seconds(self) -> float:
@@ -84,25 +88,37 @@ class Stage:
         return {name: repr(value) for name, value in parameters.items()}
 
 
-def read_stages(profile: str) -> list[Stage]:
+def read_stages(profile: str, keep: bool = False) -> list[Stage]:
     """The stages that have run under PROFILE: the paper's figures and tables by number, then the others by name.
 
-    The report's own run and a rehearsal are left out.
+    The report's own run and a rehearsal are left out. With KEEP those stages of PROFILE's report join whose runs are
+    not here, but whose notebooks are.
     """
     stages = [Stage(path.parent, read_json(path)) for path in runs_folder(profile).glob(f"*/{MANIFEST}")]
+    if keep and (reports_folder(profile) / MANIFEST).exists():
+        before = [Stage(reports_folder(profile), own, True) for own in read_json(reports_folder(profile) / MANIFEST)]
+        names = {stage.name for stage in stages}
+        stages += [stage for stage in before if stage.name not in names and stage.title != stage.name]
     shown = [stage for stage in stages if stage.name not in ("report", "rehearse")]
     return sorted(shown, key=lambda stage: (not stage.name.startswith(PAPERS), stage.name))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
-def build(profile: str) -> Path:
-    """Write the page of PROFILE, its tables (CSV, Markdown), figures (PNG, SVG) and manifests; returns the page."""
-    stages, folder = read_stages(profile), reports_folder(profile)
-    for generated in ("tables", "figures"):
-        shutil.rmtree(folder / generated, ignore_errors=True)
+def build(profile: str, keep: bool = False) -> Path:
+    """Write the page of PROFILE, its tables (CSV, Markdown), figures (PNG, SVG) and manifests; returns the page.
+
+    With KEEP a stage that is in the report but not among the runs here stays in it as it was.
+    """
+    stages, folder = read_stages(profile, keep), reports_folder(profile)
     found = _claims(stages)
     results = [result for own in found.values() for _, result in own]
     drawn = [(stage, _tables(stage, folder), _figures(stage, folder)) for stage in stages]
+    written = {f"{own['name']}.{kind}" for _, tables, _ in drawn for own in tables for kind in ("csv", "md")}
+    written |= {name for _, _, figures in drawn for own in figures for name in own["files"].values()}
+    for left in (
+        path for kind in ("tables", "figures") for path in (folder / kind).glob("*") if path.name not in written
+    ):
+        left.unlink()  # of a stage that has gone
     body = pages.fill(
         "report.html.j2",
         profile=profile,
@@ -197,7 +213,7 @@ def _tables(stage: Stage, folder: Path) -> list[dict[str, str]]:
     """The tables of a stage, also written into FOLDER/tables as CSV and Markdown."""
     found = []
     for result in stage.results("tables"):
-        source, name = stage.folder / result["file"], f"{stage.name}-{Path(result['file']).stem}"
+        source, name = stage.file("tables", result["file"]), f"{stage.name}-{Path(result['file']).stem}"
         shown, caption = readable(pd.read_csv(source)), result.get("caption", "")
         with atomic_write(folder / "tables" / f"{name}.csv") as file:
             file.write(source.read_text(encoding="utf-8"))
@@ -213,14 +229,17 @@ def _figures(stage: Stage, folder: Path) -> list[dict[str, Any]]:
     """The figures of a stage, also written into FOLDER/figures: caption, alt, picture, file names by kind."""
     found = []
     for result in stage.results("figures"):
-        files = {kind: f"{stage.name}-{Path(result[kind]).name}" for kind in ("png", "svg", "gif") if kind in result}
+        own = {kind: stage.file("figures", result[kind]) for kind in ("png", "svg", "gif", "html") if kind in result}
+        if stage.kept:  # a report's folder may have left out what is large
+            own = {kind: path for kind, path in own.items() if path.exists()}
+        files = {kind: f"{stage.name}-{Path(result[kind]).name}" for kind in own if kind != "html"}
         for kind, name in files.items():
             with atomic_write(folder / "figures" / name, "wb") as file:
-                file.write((stage.folder / result[kind]).read_bytes())
-        with Image.open(stage.folder / result["png"]) as picture:
+                file.write(own[kind].read_bytes())
+        with Image.open(own["png"]) as picture:
             entry = {"caption": result["caption"], "alt": result["alt"], "files": files, "source": figure_uri(picture)}
-        if "html" in result:
-            entry["more"] = pages.Markup((stage.folder / result["html"]).read_text(encoding="utf-8"))
+        if "html" in own:
+            entry["more"] = pages.Markup(own["html"].read_text(encoding="utf-8"))
         found.append(entry)
     return found
 

@@ -161,8 +161,37 @@ def test_no_stage_yet_is_said_plainly(tmp_path, monkeypatch):
 def test_a_table_that_is_gone_from_the_runs_is_gone_from_the_report(soup, profile, tmp_path):
     shutil.rmtree(tmp_path / "runs" / profile / "table1")
     page = report.build(profile).read_text()
-    assert not (reports_folder(profile) / "tables").exists()
+    assert not list((reports_folder(profile) / "tables").iterdir())
     assert "What this run found" not in page
+
+
+def test_a_stage_whose_run_is_on_another_machine_can_be_kept(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "project_folder", lambda: tmp_path)
+    notebook = tmp_path / "notebooks" / "table1.ipynb"
+    write_json(notebook, {"cells": [{"source": ["# Table 1: what it is\n", "Text."]}]})
+    folder = report.build(profile).parent
+    before = {path.name: path.read_bytes() for kind in ("tables", "figures") for path in (folder / kind).iterdir()}
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "table1")
+    (folder / "figures" / "table1-ladder.svg").unlink()  # as a repository leaves it out
+    Run("tiny/00_first", "00_first", {"steps": 9}, seed=3).finish({"metrics": {"psnr": 31.0}})
+
+    soup = BeautifulSoup(report.build(profile, keep=True).read_text(), "html.parser")
+    assert {item["id"] for item in soup.select(".claims li")} == {
+        "claim-residual_error",
+        "claim-attention_error",
+        "claim-ladder",
+    }
+    assert "Table 1: what it is" in soup.get_text()
+    after = {path.name: path.read_bytes() for kind in ("tables", "figures") for path in (folder / kind).iterdir()}
+    assert after == {name: content for name, content in before.items() if name != "table1-ladder.svg"}
+    stages = {own["notebook"]: own for own in read_json(folder / "manifest.json")}
+    assert stages["00_first"]["parameters"] == {"steps": 9}  # this machine's run comes before the kept one
+    assert stages["table1"]["parameters"] == {"steps": 5}
+
+    notebook.unlink()  # a stage that the kit no longer has
+    report.build(profile, keep=True)
+    assert not list((folder / "tables").iterdir())
+    assert "table1" not in {own["notebook"] for own in read_json(folder / "manifest.json")}
 
 
 def test_one_page_leads_to_every_profile(soup, profile):
