@@ -216,7 +216,7 @@ def sweep_lines(
     """How metrics change with one setting, one panel a metric, one line a combination of the other settings.
 
     Args:
-        rows: {setting: value, metric: number}.
+        rows: {setting: value, metric: number}; a line has no point in the panel of a metric that its row lacks.
         x: the setting on the horizontal axis.
         columns: the metrics.
         by: the other settings; those with one value in all rows are not named in the legend.
@@ -229,11 +229,11 @@ def sweep_lines(
         groups.setdefault(tuple(row[name] for name in varied), []).append(row)
     figure = Figure(figsize=(min(WIDTH, 1.2 + 2.4 * len(columns)), 3.0 + 0.15 * len(groups)), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False).flat, columns, strict=True):
-        for marker, (values, group) in zip("osD^vPX*" * len(groups), groups.items(), strict=False):
-            points = sorted((row[x], row[column]) for row in group)
+        for number, (values, group) in enumerate(groups.items()):
+            points = sorted((row[x], row[column]) for row in group if column in row)
             text = ", ".join(_setting(name, value) for name, value in zip(varied, values, strict=True))
-            colour = METHOD_COLOURS.get(text)  # None: the next of the cycle
-            axes.plot(*zip(*points, strict=True), marker=marker, label=text or column.replace("_", " "), color=colour)
+            style = {"marker": "osD^vPX*"[number % 8], "color": METHOD_COLOURS.get(text, f"C{number % 7}")}
+            axes.plot(*np.reshape(points, (-1, 2)).T, label=text or column.replace("_", " "), **style)
         for style, (name, values) in zip(("--", ":", "-.") * len(levels), levels.items(), strict=False):
             axes.axhline(values[column], linestyle=style, color="#555555", linewidth=1, label=name)
         name, direction = title_and_direction(column)

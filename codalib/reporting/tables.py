@@ -117,7 +117,8 @@ def number(value: Any, fraction: bool = False, spread: Any = None) -> str:
     unit = " %" if fraction else ""
     if spread is None or pd.isna(spread):
         return text + unit
-    return f"{text} ± {100 * spread if fraction else spread:.2g}{unit}"
+    noise = 100 * spread if fraction else spread
+    return f"{text} ± {noise:{',.0f' if abs(noise) >= 100 else '.2g'}}{unit}"
 
 
 def prose(frame: pd.DataFrame) -> Any:

@@ -79,6 +79,15 @@ def test_a_sweep_has_a_line_for_each_of_the_other_settings():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["8 steps", "32 steps", "tokenizer"]
 
 
+def test_a_line_is_missing_where_its_rows_lack_the_metric():
+    rows = [{"steps": n, "method": "x", "one": 1.0 * n, "two": 2.0 * n} for n in (1, 2)]
+    rows += [{"steps": n, "method": "y", "two": 3.0 * n} for n in (1, 2)]
+    one, two = figures.sweep_lines(rows, "steps", ["one", "two"], ("method",)).axes
+    assert [list(line.get_ydata()) for line in one.lines] == [[1.0, 2.0], []]
+    assert [list(line.get_ydata()) for line in two.lines] == [[2.0, 4.0], [3.0, 6.0]]
+    assert [line.get_color() for line in one.lines] == [line.get_color() for line in two.lines]
+
+
 def test_the_same_drawing_gives_the_same_files(tmp_path):
     for name in ("a", "b"):
         files = figures.save_figure(figures.training_curves(LOG), tmp_path / name, "curves")

@@ -51,6 +51,18 @@ def test_a_notebook_page_loads_nothing(notebook):
     assert "kept" in page
 
 
+def test_the_settings_of_a_run_are_folded():
+    table = v4.new_output("execute_result", {"text/html": "<table><tr><td>0.05</td></tr></table>"}, execution_count=1)
+    cells = [v4.new_code_cell("settings_table(fit)  # all", outputs=[table]), v4.new_code_cell("x", outputs=[table])]
+    soup = BeautifulSoup(pages.notebook_page(v4.new_notebook(cells=cells), "name"), "html.parser")
+    settings, code = soup.select("details.code:not([open])")
+    assert settings.summary.text == "Settings of this run"
+    assert settings.td.text == "0.05"
+    assert "settings_table" in settings.text
+    assert code.td is None
+    assert len(soup.select("td")) == 2
+
+
 def test_a_link_to_a_notebook_leads_to_its_page():
     text = "[Table 1](table1_ablation.ipynb) and [elsewhere](https://example.org/a.ipynb)"
     page = pages.notebook_page(v4.new_notebook(cells=[v4.new_markdown_cell(text)]), "name")

@@ -70,6 +70,7 @@ def test_labels_tell_the_papers_columns_apart():
         (0.051, {"fraction": True}, "5.1 %"),
         (1.0, {"fraction": True}, "100 %"),
         (22.2, {"spread": 0.314}, "22.2 ± 0.31"),
+        (3228.4, {"spread": 1432.1}, "3,228 ± 1,432"),
         (0.5, {"fraction": True, "spread": 0.01}, "50 ± 1 %"),
         (None, {}, ""),
         (math.nan, {"fraction": True}, ""),
