@@ -160,10 +160,20 @@ class Utilization(Metric):
             self.counts[level] += counts.to(self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """`utilization`, `perplexity` (1 to K), and each with `_level_1`, `_level_2`, ... appended."""
+        """`utilization`, `perplexity` (1 to K), and each with `_level_1`, `_level_2`, ... appended.
+
+        And of all images together `bits`, the tokens times log2 K, and `coded_bits`, what an ideal entropy coder takes
+        that knows the frequencies of each level's codes.
+        """
         values = {"utilization": _used(self.counts.sum(0)), "perplexity": _perplexity(self.counts.sum(0))}
         values |= {f"utilization_level_{i + 1}": _used(counts) for i, counts in enumerate(self.counts)}
-        return values | {f"perplexity_level_{i + 1}": _perplexity(counts) for i, counts in enumerate(self.counts)}
+        perplexities, tokens = torch.stack([_perplexity(counts) for counts in self.counts]), self.counts.sum(1)
+        values |= {f"perplexity_level_{i + 1}": perplexity for i, perplexity in enumerate(perplexities)}
+        bits = {
+            "bits": tokens.sum() * math.log2(self.codebook_size),
+            "coded_bits": (tokens * perplexities.log2()).sum(),
+        }
+        return values | bits
 
 
 def _used(counts: Tensor) -> Tensor:
@@ -273,7 +283,7 @@ class ReconstructionMetrics(nn.Module):
         if (codebook_size is None) != (num_levels is None):
             raise ValueError(f"got codebook_size {codebook_size} and num_levels {num_levels}, expected both or neither")
         self.reference_set = reference_set
-        self.images, self.exact = (SumMetric().set_dtype(torch.float64) for _ in range(2))
+        self.images, self.pixels, self.exact = (SumMetric().set_dtype(torch.float64) for _ in range(3))
         self.psnr, self.ssim, self.distance = (
             MeanMetric(nan_strategy="error").set_dtype(torch.float64) for _ in range(3)
         )
@@ -311,6 +321,7 @@ class ReconstructionMetrics(nn.Module):
         self.exact.update(values.isinf().sum())
         self.ssim.update(ssim(images, reconstruction))
         self.images.update(len(images))
+        self.pixels.update(len(images) * images.shape[-2] * images.shape[-1])
         images, reconstruction = images.float(), reconstruction.float().clamp(-1, 1)
         if self.perceptual is not None:
             self.distance.update(self.perceptual(images, reconstruction))
@@ -327,7 +338,8 @@ class ReconstructionMetrics(nn.Module):
         """The metrics by name, over all processes; those that were given nothing are left out, or too few images.
 
         `psnr` (dB), `ssim`, the perceptual distance's name, `quantization_error`, `utilization`, `perplexity` and both
-        `_level_1`, ..., and `rfid` or `fd_effnet@SIDE`.
+        `_level_1`, ..., `bits_per_pixel` and `coded_bits_per_pixel` (see `Utilization`), and `rfid` or
+        `fd_effnet@SIDE`.
         """
         if not self.psnr.update_called:
             raise RuntimeError("no image was measured: call update before compute")
@@ -338,6 +350,7 @@ class ReconstructionMetrics(nn.Module):
             values["quantization_error"] = self.quantization_error.compute()
         if self.utilization is not None and self.utilization.update_called:
             values |= self.utilization.compute()
+            values |= {f"{name}_per_pixel": values.pop(name) / self.pixels.compute() for name in ("bits", "coded_bits")}
         if self.frechet is not None and self.images.compute() >= COVARIANCE_IMAGES:
             real, fake = self.frechet.real_features_num_samples, self.frechet.fake_features_num_samples
             if real != fake:
@@ -358,6 +371,8 @@ class ReconstructionMetrics(nn.Module):
             "quantization_error": "mean squared difference in normalised latents, over all elements",
             "utilization": "fraction of codes used at least once over the evaluated images",
             "perplexity": "exp of the entropy in nats of the codes' frequencies over the evaluated images",
+            "bits_per_pixel": "tokens x log2 of the number of codes, over the pixels of an image",
+            "coded_bits_per_pixel": "the same after an ideal entropy coder that knows the codes' frequencies by level",
         }
         if self.perceptual is not None:
             network = "LPIPS, VGG16" if self.perceptual.name == "perceptual_vgg" else "EfficientNet-Lite0, not LPIPS"

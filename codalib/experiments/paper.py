@@ -19,6 +19,8 @@ COLUMNS = {
     "kid": ("KID", -1),
     "lpips": ("LPIPS", -1),
     "perplexity": ("Perplexity", +1),
+    "bits_per_pixel": ("Bits per pixel", 0),
+    "coded_bits_per_pixel": ("Bits per pixel, coded", 0),
     "fd_effnet": ("FD-EfficientNet", -1),
     "kd_effnet": ("KD-EfficientNet", -1),
     "rkid": ("rKID", -1),

@@ -85,9 +85,9 @@ def test_utilization_counts_each_code_once():
     assert values["perplexity_level_1"] == pytest.approx(1)
     shares = torch.tensor([1, 2, 1, 4]) / 8
     assert values["perplexity_level_2"] == pytest.approx(math.exp(-(shares * shares.log()).sum()))
-    assert list(values) == ["utilization", "perplexity"] + [
-        f"{name}_level_{i}" for name in ("utilization", "perplexity") for i in (1, 2)
-    ]
+    assert values["bits"] == 10 * 3
+    assert values["coded_bits"] == pytest.approx(8 * math.log2(values["perplexity_level_2"]))
+    assert len(values) == 8
 
 
 def test_perplexity_of_uniform_use_is_the_codebook_size():
@@ -251,6 +251,19 @@ def test_reconstruction_metrics_refuse_half_a_pair():
         measured.update(images, images, latents=images)
     with pytest.raises(ValueError, match="codebook_size"):
         measured.update(images, images, indices=[torch.zeros(1, 1, 1).long()])
+
+
+def test_bits_by_hand():
+    """Two images of 16 x 16 pixels; one token of level 1 and four of level 2 each, of 8 codes."""
+    measured, images = metrics.ReconstructionMetrics(8, 2, frechet=None), torch.zeros(1, 3, 16, 16)
+    second = torch.tensor([[0, 1], [2, 3]])
+    for first in (5, 5):  # always the same: no bits once that is known
+        measured.update(images, images, indices=[torch.full((1, 1, 1), first), second[None]])
+    found = measured.compute()
+    assert found["bits_per_pixel"] == pytest.approx(5 * 3 / 256)
+    assert found["coded_bits_per_pixel"] == pytest.approx(4 * 2 / 256)  # four codes, equally often
+    assert "bits" not in found
+    assert {"bits_per_pixel", "coded_bits_per_pixel"} <= measured.protocol().keys()
 
 
 def evaluate_half(rank: int, port: int, queue) -> None:
