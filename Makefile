@@ -11,6 +11,7 @@
 #   make fetch PROFILE=NAME          download the pretrained networks that a profile needs, or say where each file belongs
 #   make rehearse PROFILE=NAME       two steps of a profile's training with random weights: memory, work, hours on a GPU
 #   make docs                        the API reference, from the docstrings: docs/api/index.html
+#   make readme                      what README.md says of the claims, from the committed report: after a new one
 #   make notebooks                   run each as it is and keep the outputs of its checked cells, to be committed
 #   make clean                       remove the environment and everything under runs/ (trained weights too)
 #   make setup [LATEST=1]            the environment alone: the versions of requirements.lock, or the newest
@@ -30,7 +31,7 @@ ONLY ?=
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse docs notebooks clean
+.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse docs readme notebooks clean
 
 setup: $(STAMP)
 
@@ -97,6 +98,9 @@ rehearse: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/build_api.py
+
+readme: $(STAMP)
+	$(BIN)/python docs/build_readme.py
 
 notebooks: $(STAMP)
 	set -e; for notebook in notebooks/*.ipynb; do $(BIN)/codalib run $$notebook --keep-checked; done

@@ -1,6 +1,6 @@
 """The Python of the README and of docs/ runs, and their commands and links exist."""
 
-import json
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from codalib.experiments.paper import CLAIMS
-from codalib.experiments.sweeps import BEST, PAPER
+from codalib.base.files import read_json
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINES = 200  # of a README that one reads to its end
+SPEC = importlib.util.spec_from_file_location("build_readme", ROOT / "docs" / "build_readme.py")
+build_readme = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(build_readme)
 TESTED_ELSEWHERE = "tokens.md"  # with tokens to read, tests/tools/test_tokens.py
 
 
@@ -34,18 +36,37 @@ def test_its_python_runs(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_its_verdicts_are_the_long_runs_own():
-    stages = json.loads((ROOT / "reports" / "emoji-long" / "manifest.json").read_text())
-    found = {}
-    for claim in (claim for stage in stages for claim in stage["results"].get("claims", [])):
-        found.setdefault(claim["id"], {})[claim["setting"]] = claim
-    rows = [re.split(r" *\| *", line.strip("| ")) for line in README.splitlines() if line.startswith("| ")]
-    shown = {cells[0]: cells[1:] for cells in rows if len(cells) == 4}
-    for name, own in found.items():
-        best = own.get(BEST) or own[""]
-        effect = best["effect"].replace("quantization_error", "error").replace("->", "→")
-        paper = own[PAPER]["verdict"] if PAPER in own else ""
-        assert shown[CLAIMS[name].title] == [paper, best["verdict"], effect], name
+def claim(name, verdict, setting="", **rest):
+    return {"id": name, "verdict": verdict, "setting": setting, "effect": f"error {setting or 'once'}", **rest}
+
+
+def test_what_it_says_of_the_claims_is_what_make_readme_writes():
+    assert build_readme.fill(README, build_readme.blocks(read_json(build_readme.REPORT))) == README
+
+
+def test_what_does_not_hold_comes_first_with_what_was_measured():
+    own = [claim("residual_error", "holds"), claim("ladder", "holds", "a"), claim("ladder", "does not hold", "b")]
+    found = build_readme.blocks([{"results": {"claims": own}}, {"results": {}}, {}])
+    mixed, holds, rest = found["outcomes"].splitlines()
+    assert mixed == "- **Holds in one setting and not in another** (1 of 14): Each step of the ablation helps."
+    assert holds.startswith("- **Holds** (1 of 14)")
+    assert rest.startswith("- **Not checked** (12 of 14)")
+    assert found["claims"].splitlines() == [
+        "- **Each step of the ablation helps** does not hold (b: error b), and holds (a: error a).",
+        "- **Residual levels lower the error** holds (error once).",
+    ]
+
+
+def test_verdicts_with_a_p_are_corrected_for_their_number_as_the_report_does():
+    own = [claim("residual_error", "holds", p=0.04, detail=""), claim("attention_error", "holds", p=0.03, detail="")]
+    found = build_readme.blocks([{"results": {"claims": own}}])
+    assert found["outcomes"].startswith("- **Open** (2 of 14)")
+    assert "is undecided (error once)" in found["claims"]
+
+
+def test_a_mark_that_is_missing_is_an_error():
+    with pytest.raises(ValueError, match="expected one block <!-- claims"):
+        build_readme.fill("no marks", {"claims": ""})
 
 
 def test_its_make_targets_and_files_exist():
