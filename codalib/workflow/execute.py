@@ -66,36 +66,54 @@ def execute(
     as many as a launcher has started, unless told otherwise.
     Wrong parameters, a failing cell and a dead kernel raise StageError.
     """
-    name = path.stem
     if not path.exists():
         raise StageError(str(MissingPart(path)))
-    notebook = nbformat.read(path, as_version=4)
+    notebook, name = nbformat.read(path, as_version=4), path.stem
+    parameters = _parameters(path, notebook, profile, given or {}, texts or {})
+    # Beside the run's folder: runs of one notebook into two folders do not meet.
+    place = runs_folder(parameters.get("output", f"{profile}/{name}"))
+    executed, lock = place.with_name(f"{place.name}.ipynb"), place.with_name(f"{place.name}.lock")
+    home, footer = ("../index.html", "") if page else ("index.html", f", profile {profile}")
+    page = page or reports_folder(profile) / f"{name}.html"
+    hold(lock)
+    try:
+        with writing(page.parent):
+            threads = set_threads()
+        log.info("%s: started, profile %s, threads: %d", name, profile, threads)
+        started = time.monotonic()
+        result = _run(path, executed, parameters, _Progress(name, notebook))
+    finally:
+        release(lock)
+    with atomic_write(page) as file:
+        file.write(notebook_page(result, name, home=home, footer=f"Notebook {name}{footer}."))
+    log.info("%s: finished in %s", name, clock(time.monotonic() - started))
+    return page
+
+
+def _parameters(
+    path: Path, notebook: nbformat.NotebookNode, profile: str, given: Mapping[str, Any], texts: Mapping[str, str]
+) -> dict[str, Any]:
+    """The values of a notebook under a profile, as `execute` says; StageError for wrong ones."""
     started = launched_processes()
-    own = {"output": f"{profile}/{name}", "profile": profile} | ({"processes": started} if started else {})
+    own = {"output": f"{profile}/{path.stem}", "profile": profile} | ({"processes": started} if started else {})
     own = {key: value for key, value in own.items() if key in declared_parameters(notebook)}
     try:
-        parameters = notebook_values(
-            notebook, own, profile_section(profile, name), {**(given or {}), **parsed(notebook, texts or {})}
-        )
+        last = {**given, **parsed(notebook, texts)}
+        parameters = notebook_values(notebook, own, profile_section(profile, path.stem), last)
         if started and "processes" in parameters:
             check_processes(parameters["processes"], started)
     except ValueError as error:
         raise StageError(f"{path}, profile {profile}: {error}") from error
+    return parameters
 
-    # Beside the run's folder: runs of one notebook into two folders do not meet.
-    place = runs_folder(parameters.get("output", f"{profile}/{name}"))
-    executed, lock = place.with_name(f"{place.name}.ipynb"), place.with_name(f"{place.name}.lock")
-    final, page = page, page or reports_folder(profile) / f"{name}.html"
-    hold(lock)
-    with writing(page.parent):
-        threads = set_threads()
-    progress = _Progress(name, notebook)
-    log.info("%s: started, profile %s, threads: %d", name, profile, threads)
-    started = time.monotonic()
+
+def _run(path: Path, executed: Path, parameters: Mapping[str, Any], progress: "_Progress") -> nbformat.NotebookNode:
+    """PATH executed by papermill into the file EXECUTED; StageError where a cell fails or the kernel dies."""
+    name = path.stem
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the execution environment, not about the run
-            result = papermill.execute_notebook(
+            return papermill.execute_notebook(
                 _literal(path),
                 _literal(executed),
                 parameters,
@@ -117,15 +135,6 @@ def execute(
             "take a smaller batch or close other programs, then run again: it goes on from its last checkpoint.",
             DEAD_KERNEL,
         ) from None
-    finally:
-        release(lock)
-    home, footer = (
-        ("../index.html", f"Notebook {name}.") if final else ("index.html", f"Notebook {name}, profile {profile}.")
-    )
-    with atomic_write(page) as file:
-        file.write(notebook_page(result, name, home=home, footer=footer))
-    log.info("%s: finished in %s", name, clock(time.monotonic() - started))
-    return page
 
 
 def _literal(path: Path) -> str:
