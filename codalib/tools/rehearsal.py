@@ -20,6 +20,7 @@ import nbformat
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from codalib.base.files import atomic_write, read_json, write_json
 from codalib.base.paths import project_folder
@@ -166,34 +167,18 @@ def rehearse(
             f"batch {batch}, TFLOP/s {tflops}, utilisation {utilisation}: expected at least 1, above 0, above 0 to 1"
         )
     parameters = dict(training_parameters(profile) if parameters is None else parameters)
-    seed, resolution = parameters["seed"], parameters["resolution"]
     settings = rehearsal_settings(parameters, batch)
-    run = Run(f"{profile}/rehearsal", "rehearse", parameters | {"batch_of_the_rehearsal": batch}, seed)
+    own = parameters | {"batch_of_the_rehearsal": batch}
+    run = Run(f"{profile}/rehearsal", "rehearse", own, parameters["seed"])
     work = run.folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        base, is_random = base_vae(parameters["vae"], work / "vae", seed)
-        vae = load_vae(base)
-        side, channels = vae.latent_side(resolution), vae.latent_channels
-        del vae
-        settings.check_grid(side)
-        train = RandomImages(resolution, seed, "random images")
-        val = RandomImages(resolution, seed + IMAGES, "random images", count=batch)
-        found = _two_steps(settings, base, channels, train, val, work)
-        tokenizer = CodaTokenizer.from_pretrained(work / "tokenizer", backend=settings.backend)
-        found["checks"]["loads again and encodes"] = _encodes(tokenizer, val)
-        perceptual = build_perceptual(settings.perceptual_network, settings.perceptual_weight)
-        discriminator = build_discriminator(settings.discriminator_network, settings.adversarial_weight)
-        found["parameters"] = count_parameters(tokenizer, perceptual, discriminator)
-        found["latents"] = [channels, side, side]
-        found["tokens"] = tokenizer.num_tokens
+        found = _rehearsed(parameters, settings, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     found |= {
         "profile": profile,
         "vae": parameters["vae"],
-        "random_weights": [parameters["vae"]] if is_random else [],
-        "stand_ins": _stand_ins(parameters, perceptual, discriminator),
         "changes": _changes(parameters, settings),
         "missing": _missing(profile, parameters),
         "batch": batch,
@@ -207,6 +192,30 @@ def rehearse(
     with atomic_write(run.folder / "rehearsal.md") as file:
         file.write(page(found) + "\n")
     return found
+
+
+def _rehearsed(parameters: Mapping[str, Any], settings: TokenizerSettings, work: Path) -> dict[str, Any]:
+    """What the two steps counted and checked, and the sizes of what they built."""
+    seed, resolution = parameters["seed"], parameters["resolution"]
+    base, is_random = base_vae(parameters["vae"], work / "vae", seed)
+    vae = load_vae(base)
+    side, channels = vae.latent_side(resolution), vae.latent_channels
+    del vae
+    settings.check_grid(side)
+    train = RandomImages(resolution, seed, "random images")
+    val = RandomImages(resolution, seed + IMAGES, "random images", count=settings.batch_size)
+    found = _two_steps(settings, base, channels, train, val, work)
+    tokenizer = CodaTokenizer.from_pretrained(work / "tokenizer", backend=settings.backend)
+    found["checks"]["loads again and encodes"] = _encodes(tokenizer, val)
+    perceptual = build_perceptual(settings.perceptual_network, settings.perceptual_weight)
+    discriminator = build_discriminator(settings.discriminator_network, settings.adversarial_weight)
+    return found | {
+        "parameters": count_parameters(tokenizer, perceptual, discriminator),
+        "latents": [channels, side, side],
+        "tokens": tokenizer.num_tokens,
+        "random_weights": [parameters["vae"]] if is_random else [],
+        "stand_ins": _stand_ins(parameters, perceptual, discriminator),
+    }
 
 
 def _two_steps(
@@ -229,25 +238,12 @@ def _two_steps(
         launch(train_and_save, 1, again, base, train, val, work)
     rows, state = read_log(work), read_json(checkpoint / "state.json")
     terms = [{name: value for name, value in row.items() if name not in ("step", "seconds", "rate")} for row in rows]
-    by_kind = operations.get_flop_counts()["Global"]
-    counts = {
-        "convolutions": sum(n for kind, n in by_kind.items() if "convolution" in str(kind)),
-        "matrix products": sum(n for kind, n in by_kind.items() if "convolution" not in str(kind)),
-    }
-    tokens = settings.batch_size * sum(p * p for p in settings.scales)
-    size_of = (tokens, settings.codebook_size, settings.attention_dim, channels)
-    assignment = assignment_operations(*size_of) if settings.kind == "attention" else 0
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernels = settings.backend != "reference" and resolve_backend(settings.backend, device, *size_of[:2])
-    if assignment and kernels == "triton":
-        counts["matrix products"] += assignment  # the counter does not see into its kernels
     images = settings.batch_size
     return {
         "terms": terms,
         "seconds_a_step": rows[0]["seconds"],
         "seconds_a_step_checkpointed": rows[1]["seconds"] - rows[0]["seconds"],
-        "operations": {name: count // images for name, count in counts.items()}
-        | {"an image": sum(counts.values()) // images, "of which the assignment": assignment // images},
+        "operations": _operations(operations, settings, channels),
         "kept_for_backward": kept.most // images,
         "saved_by_checkpointing": max(0, memory.most - memory_again.most) // images,
         "checks": {
@@ -258,6 +254,24 @@ def _two_steps(
             "the tokenizer was saved": (work / "tokenizer").is_dir(),
         },
     }
+
+
+def _operations(counter: FlopCounterMode, settings: TokenizerSettings, channels: int) -> dict[str, int]:
+    """Operations of a step by kind, an image: those that were counted, and those that the counter cannot see."""
+    by_kind = counter.get_flop_counts()["Global"]
+    counts = {
+        "convolutions": sum(n for kind, n in by_kind.items() if "convolution" in str(kind)),
+        "matrix products": sum(n for kind, n in by_kind.items() if "convolution" not in str(kind)),
+    }
+    images = settings.batch_size
+    size_of = (images * sum(p * p for p in settings.scales), settings.codebook_size, settings.attention_dim, channels)
+    assignment = assignment_operations(*size_of) if settings.kind == "attention" else 0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels = settings.backend != "reference" and resolve_backend(settings.backend, device, *size_of[:2])
+    if assignment and kernels == "triton":
+        counts["matrix products"] += assignment  # the counter does not see into its kernels
+    each = {name: count // images for name, count in counts.items()}
+    return each | {"an image": sum(counts.values()) // images, "of which the assignment": assignment // images}
 
 
 @torch.no_grad()
