@@ -113,25 +113,8 @@ def cache_tokens(
     """
     if dataset.resolution != tokenizer.resolution:
         raise ValueError(f"expected images of {tokenizer.resolution} pixels, got {dataset.resolution}")
-    folder, quantizer = Path(folder), tokenizer.quantizer
-    positions = len(dataset) * settings.views
-    manifest = {
-        "tokenizer": tokenizer_hash(tokenizer),
-        "codebook_size": quantizer.codebook_size,
-        "scales": list(quantizer.scales),
-        "dataset": dataset.name,
-        "classes": list(dataset.classes),
-        "images": len(dataset),
-        "content": dataset.content_digest,
-        "resolution": dataset.resolution,
-        "random_crop": dataset.random_crop,
-        "views": settings.views,
-        "flip": settings.flip,
-        "sample": settings.sample,
-        "seed": settings.seed,
-        "shard_images": settings.shard_images,
-        "shards": -(-positions // settings.shard_images),
-    }
+    folder, positions = Path(folder), len(dataset) * settings.views
+    manifest = _manifest(tokenizer, dataset, settings)
     _begin(folder, manifest, tokenizer, dataset)
     rank, world_size = process
     mine = () if (folder / COLUMNS).exists() else range(rank, manifest["shards"], world_size)
@@ -169,6 +152,27 @@ def cache_dataset(
     if accelerator.is_main_process:
         assemble(Path(folder))
     accelerator.wait_for_everyone()
+
+
+def _manifest(tokenizer: CodaTokenizer, dataset: ImageDataset, settings: CacheSettings) -> dict[str, Any]:
+    """What decides a cache's tokens, and how many shards they fill."""
+    return {
+        "tokenizer": tokenizer_hash(tokenizer),
+        "codebook_size": tokenizer.quantizer.codebook_size,
+        "scales": list(tokenizer.quantizer.scales),
+        "dataset": dataset.name,
+        "classes": list(dataset.classes),
+        "images": len(dataset),
+        "content": dataset.content_digest,
+        "resolution": dataset.resolution,
+        "random_crop": dataset.random_crop,
+        "views": settings.views,
+        "flip": settings.flip,
+        "sample": settings.sample,
+        "seed": settings.seed,
+        "shard_images": settings.shard_images,
+        "shards": -(-len(dataset) * settings.views // settings.shard_images),
+    }
 
 
 def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dataset: ImageDataset) -> None:

@@ -1,7 +1,7 @@
 """The published numbers and claims of CODA (arXiv:2503.17760), as data: each report sets its own beside these."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 PAPER = "arXiv:2503.17760"
@@ -284,8 +284,7 @@ class Comparison:
 class Claim:
     """One claim of the paper: what it says and where, the published comparisons behind it.
 
-    `title` is the claim in a few words, `caution` what a check of it, here or in the paper, cannot show. `further` are
-    published gains that are no comparison of two rows, by the names that `statistics.claim_verdict` gives its parts.
+    `title` is the claim in a few words, `caution` what a check of it, here or in the paper, cannot show.
     """
 
     id: str
@@ -294,12 +293,6 @@ class Claim:
     source: str
     caution: str
     comparisons: tuple[Comparison, ...] = ()
-    further: Mapping[str, float] = field(default_factory=dict)
-
-    def published_gains(self) -> dict[str, float]:
-        """The gains that the paper's own numbers show, by part."""
-        named = {f"{own.column}: {own.before} to {own.after}": own for own in self.comparisons}
-        return {name: gain(own.column, *own.published) for name, own in named.items()} | dict(self.further)
 
 
 def _ablation(column: str, *methods: str) -> tuple[Comparison, ...]:
@@ -307,15 +300,6 @@ def _ablation(column: str, *methods: str) -> tuple[Comparison, ...]:
 
 
 _VQ, _RESIDUAL, _ATTENTION, _ADAPTED = (row.method for row in TABLE_1.rows[1:])
-
-
-def _fewer(many: str, few: str) -> float:
-    return TABLE_2[many].iterations / TABLE_2[few].iterations
-
-
-def _gap_closed(column: str) -> float:
-    continuous, before, after = (getattr(TABLE_1[name], column) for name in ("Continuous VAE", _ATTENTION, _ADAPTED))
-    return (before - after) / (before - continuous)
 
 
 CLAIMS = {
@@ -357,7 +341,6 @@ CLAIMS = {
             source="Table 1, Section 4",
             caution="Utilization depends on how many images it is counted over.",
             comparisons=_ablation("utilization", _RESIDUAL, _ATTENTION),
-            further={"utilization floor": TABLE_1[_ATTENTION].utilization - USED},
         ),
         Claim(
             id="attention_error",
@@ -376,7 +359,6 @@ CLAIMS = {
             caution="The quantization error is taken in the adapted encoder's own latents, whose spread may shrink; a "
             "short adaptation closes less than a long one.",
             comparisons=_ablation("rfid", _ATTENTION, _ADAPTED),
-            further={"gap closed": _gap_closed("rfid") - 0.5},
         ),
         Claim(
             id="decoder_over_encoder",
@@ -429,9 +411,6 @@ CLAIMS = {
             statement="Adaptation needs six times fewer training iterations than VQGAN.",
             source="Table 2, Section 5.2",
             caution="50K against 300K iterations; the pretrained VAE's own training is not counted.",
-            further={
-                "iterations": TABLE_2["VQGAN 16384"].iterations / TABLE_2["CODA MAR 65536"].iterations / SIX_TIMES - 1
-            },
         ),
         Claim(
             id="more_steps",

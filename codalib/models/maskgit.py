@@ -70,25 +70,30 @@ class MaskGIT(OnHub, CodeValues):
         self.dropout_rate, self.level_positions = dropout, level_positions
         self.info: dict[str, Any] = {}  # what else is saved beside the weights, such as the tokenizer's hash
 
-        self.codes = nn.Embedding(codebook_size + 1, width)  # the last is the mask
-        self.add_code_values(code_values, codebook_size, width, latent_context)
-        self.levels = nn.Embedding(len(self.scales), width)
-        self.positions = nn.Parameter(torch.empty(self.num_tokens if level_positions else max(self.scales) ** 2, width))
-        self.register_buffer("token_levels", token_levels(self.scales), persistent=False)
-        if num_classes is not None:
-            self.classes = nn.Embedding(num_classes + 1, width)  # the last is no class
-        if text_dim is not None:
-            self.text = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
-            self.no_text = nn.Parameter(torch.empty(width))
+        self._build_embeddings(code_values, latent_context)
         self.input_norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.output_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, codebook_size)
         self.add_context(width)
         self.apply(initialise)
-        nn.init.trunc_normal_(self.positions, std=INITIAL_STD)
-        if text_dim is not None:
-            nn.init.trunc_normal_(self.no_text, std=INITIAL_STD)
+        for parameter in [self.positions] if text_dim is None else [self.positions, self.no_text]:
+            nn.init.trunc_normal_(parameter, std=INITIAL_STD)
+
+    def _build_embeddings(self, code_values: Tensor | None, latent_context: bool) -> None:
+        """What the sequence starts as: codes, levels, positions and the condition."""
+        width = self.width
+        self.codes = nn.Embedding(self.codebook_size + 1, width)  # the last is the mask
+        self.add_code_values(code_values, self.codebook_size, width, latent_context)
+        self.levels = nn.Embedding(len(self.scales), width)
+        places = self.num_tokens if self.level_positions else max(self.scales) ** 2
+        self.positions = nn.Parameter(torch.empty(places, width))
+        self.register_buffer("token_levels", token_levels(self.scales), persistent=False)
+        if self.num_classes is not None:
+            self.classes = nn.Embedding(self.num_classes + 1, width)  # the last is no class
+        if self.text_dim is not None:
+            self.text = nn.Sequential(nn.LayerNorm(self.text_dim), nn.Linear(self.text_dim, width))
+            self.no_text = nn.Parameter(torch.empty(width))
 
     @classmethod
     def preset(cls, name: str, codebook_size: int, scales: Sequence[int], **settings) -> "MaskGIT":

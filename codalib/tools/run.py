@@ -70,8 +70,7 @@ def _snakemake(profile: str, *options: str, **config: str) -> int:
     return status
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="codalib run", description=__doc__)
     parser.add_argument("notebook", type=Path, nargs="?", help="one notebook; without it every stage of the profile")
     parser.add_argument("--profile", default="smoke", help="a name in profiles/ (smoke)")
@@ -98,6 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--exclusive is for this machine, expected no --executor")
     if options.keep_checked and (options.profile != "smoke" or options.p):
         parser.error("--keep-checked is for the notebook's own defaults, expected the profile smoke and no -p")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _options(arguments)
     if options.threads is not None:
         os.environ[THREADS] = str(options.threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)

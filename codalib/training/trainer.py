@@ -193,19 +193,14 @@ class Trainer:
     def _train(self, stage: Stage, description: str, limit: TimeLimit | None) -> None:
         main, started, before = self.accelerator.is_main_process, time.monotonic(), self.seconds
         watch = ThreadWatch() if self.accelerator.num_processes == 1 else None
-        with writing(self.folder):
-            run, settings = self.checkpoints.name, dataclasses.asdict(self.settings)
-            tracker = start_tracker(self.folder, run, self.step, settings) if main else None
+        tracker = self._tracker() if main else None
         stream = stage.batches(self.step * self.settings.accumulation)
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=description, disable=not main, mininterval=2.0)
         while not self.ends:
             micro_batches = [next(stream) for _ in range(self.settings.accumulation)]
             # After the batches: a loader that starts takes a number from the global generator, in a resumed run too.
             torch.manual_seed(self.settings.seed + self.step + SEED_STRIDE * self.accelerator.process_index)
-            rate = learning_rate_factor(self.step, self.settings)
-            for name, optimizer in self.optimizers.items():
-                for group, base in zip(optimizer.param_groups, self.base_rates[name], strict=True):
-                    group["lr"] = base * rate
+            rate = self._set_rates()
             began = time.monotonic()
             terms = stage.train_step(micro_batches, self.step)
             if watch:
@@ -218,13 +213,7 @@ class Trainer:
             self.ends |= limit is not None and limit.ends(self.seconds, self.step, self.settings.steps)
             if self.step == 1 or any(self._due(every) for every in self._looks):
                 self._check_terms()
-            row = {}
-            if self.step == 1 or self._due(self.settings.log_every):
-                row = {name: value.item() for name, value in terms.items()}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
-            if self._due(self.settings.evaluate_every):
-                with self.averaged():
-                    row |= stage.evaluate()
+            row = self._row(stage, terms, bar)
             if row and main:
                 self._log(row | {"rate": rate}, tracker)
             if self._due(self.settings.checkpoint_every):
@@ -233,6 +222,29 @@ class Trainer:
         bar.close()
         if tracker:
             tracker.finish()
+
+    def _tracker(self) -> GeneralTracker | None:
+        with writing(self.folder):
+            return start_tracker(self.folder, self.checkpoints.name, self.step, dataclasses.asdict(self.settings))
+
+    def _set_rates(self) -> float:
+        """Give every optimiser this step's learning rate; returns its fraction of the settings'."""
+        rate = learning_rate_factor(self.step, self.settings)
+        for name, optimizer in self.optimizers.items():
+            for group, base in zip(optimizer.param_groups, self.base_rates[name], strict=True):
+                group["lr"] = base * rate
+        return rate
+
+    def _row(self, stage: Stage, terms: dict[str, Tensor], bar: tqdm) -> dict[str, float]:
+        """What this step's row of the log holds: its terms and its validation, where they are due."""
+        row = {}
+        if self.step == 1 or self._due(self.settings.log_every):
+            row = {name: value.item() for name, value in terms.items()}
+            bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
+        if self._due(self.settings.evaluate_every):
+            with self.averaged():
+                row |= stage.evaluate()
+        return row
 
     @property
     def _looks(self) -> tuple[int, ...]:

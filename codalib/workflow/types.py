@@ -9,44 +9,41 @@ import yaml
 
 def convert(value: Any, hint: Any) -> Any:
     """VALUE as HINT: the value itself, an int as float, a list as tuple; TypeError where it is neither."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Any:
         return value
-    if origin in (typing.Union, types.UnionType):
-        exact = [option for option in arguments if type(value) is (typing.get_origin(option) or option)]
-        for option in (*exact, *arguments):
-            try:
-                return convert(value, option)
-            except TypeError:
-                continue
-    elif origin is typing.Literal:
-        if any(value == option and type(value) is type(option) for option in arguments):
-            return value
-    elif hint is None or hint is type(None):
-        if value is None:
-            return None
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is list or origin is list:
-        if isinstance(value, list):
-            return [convert(item, arguments[0]) for item in value] if arguments else value
-    elif hint is tuple or origin is tuple:
-        if isinstance(value, list | tuple):
-            if not arguments:
-                return tuple(value)
-            hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-            if len(hints) == len(value):
-                return tuple(convert(item, item_hint) for item, item_hint in zip(value, hints, strict=True))
-    elif hint is dict or origin is dict:
-        if isinstance(value, dict):
-            key, item = arguments or (Any, Any)
-            return {convert(k, key): convert(v, item) for k, v in value.items()}
-    elif isinstance(hint, type) and isinstance(value, hint):
-        return value
+    if kind in (typing.Union, types.UnionType):
+        return _convert_to_one_of(value, arguments)
+    if kind is list and isinstance(value, list):
+        return [convert(item, arguments[0]) for item in value] if arguments else value
+    if kind is tuple and isinstance(value, list | tuple):
+        hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments or (Any,) * len(value)
+        if len(hints) == len(value):
+            return tuple(convert(item, own) for item, own in zip(value, hints, strict=True))
+    if kind is dict and isinstance(value, dict):
+        key, item = arguments or (Any, Any)
+        return {convert(k, key): convert(v, item) for k, v in value.items()}
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is typing.Literal:
+        fits = any(value == option and type(value) is type(option) for option in arguments)
+    elif kind is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        fits = value is None if kind is None else isinstance(hint, type) and isinstance(value, hint)
+    if not fits:
+        raise TypeError
+    return value
+
+
+def _convert_to_one_of(value: Any, options: tuple[Any, ...]) -> Any:
+    """VALUE as the first of a union's types that takes it, its own type before all."""
+    exact = [option for option in options if type(value) is (typing.get_origin(option) or option)]
+    for option in (*exact, *options):
+        try:
+            return convert(value, option)
+        except TypeError:
+            continue
     raise TypeError
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import test_adapted
 
 from codalib import load_dataset, load_vae
 from codalib.evaluation.generation import GenerationSettings, SamplerConfig
@@ -10,20 +11,8 @@ from codalib.evaluation.metrics import build_frechet
 from codalib.experiments.adapted import AdaptedData, AdaptedTrials
 from codalib.experiments.generators import GeneratorTrials, TokenizerTrial, beyond_floor, generator_claims
 from codalib.experiments.trials import TrialFolder
-from codalib.training.settings import EncodingSettings, MaskGITSettings, TokenizerSettings
+from codalib.training.settings import EncodingSettings, MaskGITSettings
 
-FITS = {"nearest": {"start": "data", "entropy_weight": 0.0}, "attention": {"start": "random", "entropy_weight": 0.02}}
-ADAPTED = TokenizerSettings(
-    steps=1,
-    batch_size=2,
-    codebook_size=8,
-    scales=(1, 8),
-    rank=2,
-    ema=0.0,
-    perceptual_weight=0.0,
-    adversarial_weight=0.0,
-    checkpoint_every=100,
-)
 SETTINGS = MaskGITSettings(
     steps=2, batch_size=4, preset="XS", width=16, depth=1, heads=2, warmup_steps=0, checkpoint_every=100
 )
@@ -39,7 +28,12 @@ def trials(folder):
     results = TrialFolder(folder / "results", {"commit": "abc"})
     cells = {"ours": "attention, frozen VAE", "theirs": "nearest, frozen VAE"}
     tokenizers = {
-        name: TokenizerTrial(AdaptedTrials(ADAPTED, FITS, data, results, folder / name, "emoji"), cell, 0.001, 3)
+        name: TokenizerTrial(
+            AdaptedTrials(test_adapted.SETTINGS, test_adapted.FITS, data, results, folder / name, "emoji"),
+            cell,
+            0.001,
+            3,
+        )
         for name, cell in cells.items()
     }
     return GeneratorTrials(

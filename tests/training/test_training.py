@@ -171,16 +171,22 @@ def test_pretraining_sets_the_latent_scale(images, tmp_path):
     assert "val_psnr" in read_log(tmp_path)[0]
 
 
-def test_pretraining_steps_once_a_step_on_all_weights(images, tmp_path, monkeypatch):
-    update, calls = Trainer.update, []
+@pytest.fixture
+def calls(monkeypatch):
+    """(name, whether it is the last micro-batch, rate, betas, weight decay) of every `Trainer.update`."""
+    update, found = Trainer.update, []
 
     def noted(self, loss, terms, name, parameters, last):
         group = self.optimizers[name].param_groups[0]
         assert {id(p) for p in parameters} == {id(p) for p in group["params"]}
-        calls.append((name, last, group["lr"], group["betas"], group["weight_decay"]))
+        found.append((name, last, group["lr"], group["betas"], group["weight_decay"]))
         update(self, loss, terms, name, parameters, last)
 
     monkeypatch.setattr(Trainer, "update", noted)
+    return found
+
+
+def test_pretraining_steps_once_a_step_on_all_weights(images, tmp_path, calls):
     settings = PretrainSettings(
         steps=1, batch_size=1, accumulation=2, widths=(8, 8, 8, 8), learning_rate=0.01, weight_decay=0.3
     )
@@ -290,16 +296,7 @@ def test_each_steps_noise_is_its_own_and_the_rate_is_the_schedules(tmp_path):
     assert stages[0].rates == pytest.approx([0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(4)])
 
 
-def test_the_tokenizers_two_optimisers_step_once_a_step_on_all_that_they_train(vae, images, tmp_path, monkeypatch):
-    update, calls = Trainer.update, []
-
-    def noted(self, loss, terms, name, parameters, last):
-        group = self.optimizers[name].param_groups[0]
-        assert {id(p) for p in parameters} == {id(p) for p in group["params"]}
-        calls.append((name, last, group["lr"], group["betas"], group["weight_decay"]))
-        update(self, loss, terms, name, parameters, last)
-
-    monkeypatch.setattr(Trainer, "update", noted)
+def test_the_tokenizers_two_optimisers_step_once_a_step_on_all_that_they_train(vae, images, tmp_path, calls):
     train_tokenizer(dataclasses.replace(SMALL, steps=1, batch_size=1), vae, *images, tmp_path)
     decay = {"generator": 0.005, "discriminator": 0.0005}
     assert calls == [(name, last, 5e-4, (0.5, 0.9), decay[name]) for last in (False, True) for name in decay]
