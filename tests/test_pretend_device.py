@@ -105,7 +105,7 @@ def test_a_step_of_a_quantizer(images, tmp_path, a_step, kind, most):
     latents = encode_images(small_vae().to(DEVICE), images[0], 8, batch_size=4)
     library = kind not in ("attention", "nearest")
     own = {"codebook_size": 256, "scales": (8,) * 2 if library else SCALES, "start": "random" if library else "data"}
-    fit_quantizer(QuantizerSettings(**LOOP, **own, kind=kind), latents, tmp_path, latents, snapshots=[0])
+    fit_quantizer(QuantizerSettings(**LOOP, **own, kind=kind), latents, tmp_path, snapshots=[0])
     assert a_step().total() <= most, a_step()
 
 

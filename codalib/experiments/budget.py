@@ -6,14 +6,15 @@ which the paper does not count: the steps are compared without it and with it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from codalib.experiments.adapted import AdaptedTrials
-from codalib.experiments.bracketing import bracket
 from codalib.experiments.paper import SIX_TIMES
 from codalib.experiments.statistics import claim_verdict
+from codalib.experiments.trials import bracket_trials
 
 ADAPTED, SCRATCH = "attention, both adapted", "nearest, from scratch"  # of `adapted.EVERY_CELL`
 
@@ -33,14 +34,8 @@ def budget_trials(
     """
     best = {}
     for name, trials in scratch.items():
-        tried: list[dict[str, Any]] = []
-
-        def error(rate: float, trials: AdaptedTrials = trials, tried: list = tried) -> float:
-            tried.append(trials.trial(SCRATCH, rate, seeds[0]))
-            return tried[-1]["choose"].get("image_loss", float("inf"))
-
-        best[name] = bracket(error, rates)
-        yield from (row | {"method": name, "setting": "tried"} for row in tried)
+        best[name], tried = bracket_trials(partial(trials.trial, SCRATCH, seed=seeds[0]), rates, "image_loss")
+        yield from (row | {"method": name} for row in tried)
     for seed in seeds:  # whole seeds first: a stop leaves fewer seeds of all
         yield adapted.trial(ADAPTED, rate, seed) | {"method": ADAPTED, "setting": "best"}
         for name, trials in scratch.items():

@@ -8,7 +8,7 @@ images, beside what a perfect model of the tokens would give and what one that k
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ from codalib.evaluation.generation import (
 )
 from codalib.evaluation.metrics import frechet_column
 from codalib.experiments.adapted import AdaptedTrials
-from codalib.experiments.bracketing import bracket
 from codalib.experiments.paper import gain
 from codalib.experiments.statistics import claim_verdict
-from codalib.experiments.trials import TrialFolder, words
+from codalib.experiments.trials import TrialFolder, bracket_trials, words
 from codalib.models.checkpoints import load_tokenizer
 from codalib.models.checks import NonFiniteLoss
 from codalib.training.maskgit import train_maskgit
@@ -93,14 +92,9 @@ class GeneratorTrials:
         best = {}
         for name in self.tokenizers:
             yield self.baselines(name) | {"setting": "baselines"}
-            tried: list[dict[str, Any]] = []
-
-            def loss(rate: float, name: str = name, tried: list = tried) -> float:
-                tried.append(self.trial(name, rate, seeds[0], bracket_steps))
-                return tried[-1]["choose"].get("val_loss", float("inf"))
-
-            best[name] = bracket(loss, rates)
-            yield from (row | {"setting": "tried"} for row in tried)
+            short = partial(self.trial, name, seed=seeds[0], steps=bracket_steps)
+            best[name], tried = bracket_trials(short, rates, "val_loss")
+            yield from tried
         for seed in seeds:  # whole seeds first: a stop leaves fewer seeds of all tokenizers
             for name in self.tokenizers:
                 yield self.trial(name, best[name], seed) | {"setting": "best"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 from codalib.base.files import read_json, write_json
 from codalib.datasets.images import ImageDataset
+from codalib.experiments.bracketing import bracket
 from codalib.experiments.paper import gain
 from codalib.experiments.statistics import group_means
 from codalib.models.vae import ContinuousVAE
@@ -53,6 +55,19 @@ class TrialFolder:
             write_json(file, make(words(name)) | dict(self.provenance))
             log.info("%s: finished", name)
         return read_json(file)
+
+
+def bracket_trials(
+    trial: Callable[[float], dict[str, Any]], rates: Sequence[float], score: str
+) -> tuple[float, list[dict[str, Any]]]:
+    """The rate of the least SCORE on the choosing images, bracketed from RATES; and the trials, "setting": "tried"."""
+    tried: list[dict[str, Any]] = []
+
+    def score_of(rate: float) -> float:
+        tried.append(trial(rate) | {"setting": "tried"})
+        return tried[-1]["choose"].get(score, math.inf)
+
+    return bracket(score_of, rates), tried
 
 
 class Compared:

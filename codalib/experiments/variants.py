@@ -213,12 +213,11 @@ def table_4_rows(folder: str | None) -> list[dict[str, Any]]:
     ]
 
 
-def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:
-    """The tokenizers of `baseline_tokenizers` that 01_train_baselines trained: one row a method and seed.
+def baseline_rows(folder: str | None) -> list[dict[str, Any]]:
+    """The tokenizers of `baseline_tokenizers` that 01_train_baselines trained, at their best: one row a seed.
 
     Args:
         folder: what that notebook wrote, below `runs_folder()`; None: the embedded tokenizer alone.
-        setting: those that stand for `BEST` or for `PAPER`.
     Returns rows of "method", "seed", "tokenizer" (its path), "tokens", "codebook_size", and where it was trained here
     "learning_rate", "steps", "seconds", "petaflop" (10^15 operations of its training).
     """
@@ -226,7 +225,7 @@ def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any
         quantizer = CodaTokenizer.from_pretrained("emoji").quantizer
         size = {"tokens": quantizer.num_tokens, "codebook_size": quantizer.codebook_size}
         return [{"method": "CODA", "seed": 0, "tokenizer": "emoji"} | size]
-    rows = [row for row in read_rows(folder) if setting in row["settings"]]
+    rows = [row for row in read_rows(folder) if BEST in row["settings"]]
     kept = ("method", "seed", "tokens", "codebook_size", "tokenizer", "learning_rate", "steps", "seconds")
     return [
         {name: row[name] for name in kept} | {"petaflop": row["operations_a_step"] * row["steps"] / PETA}
@@ -234,7 +233,7 @@ def baseline_rows(folder: str | None, setting: str = BEST) -> list[dict[str, Any
     ]
 
 
-def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, Any]]:
+def baseline_curves(folder: str | None) -> list[dict[str, Any]]:
     """The validations during training of the tokenizers of `baseline_rows`, none where FOLDER is None.
 
     Rows of "method", "seed", "steps" and "petaflop" so far, and "val_psnr".
@@ -245,7 +244,7 @@ def baseline_curves(folder: str | None, setting: str = BEST) -> list[dict[str, A
         {"method": row["method"], "seed": row["seed"], "steps": line["step"], "val_psnr": line["val_psnr"]}
         | {"petaflop": row["operations_a_step"] * line["step"] / PETA}
         for row in read_rows(folder)
-        if setting in row["settings"]
+        if BEST in row["settings"]
         for line in read_log(Path(row["tokenizer"]).parent)
         if "val_psnr" in line
     ]

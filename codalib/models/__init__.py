@@ -6,6 +6,7 @@
     Eq. 9        the weighted sum of all terms            losses.py      weighted_sum
     Eq. 10, 11   the quantization loss                    quantizer.py   ResidualAttentionQuantizer.assign
     Eq. 12       cross-entropy at the masked tokens       maskgit.py     MaskGIT.forward
+    Section 4.3  schedule and steps of decoding           sampling.py    unmask_counts, generate
 
 `CORE` are the files that state the paper, under 1,000 lines together. Beside them: `baselines` (Eq. 1-2, by distance),
 `library_quantizers` and `quantizer_kinds` (other quantizers, and all of them by name), `loss_weights` and `adversary`

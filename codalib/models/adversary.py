@@ -29,7 +29,6 @@ def real_and_fake(
     discriminator: nn.Module,
     real: Tensor,
     fake: Tensor,
-    generator: torch.Generator | None = None,
     maps: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits (B, N) of real and fake images (B, 3, h, w) for the discriminator's step, judged as *one* batch.
@@ -40,7 +39,7 @@ def real_and_fake(
     backbone's feature maps of both, where they are known already.
     """
     joined = maps and [torch.cat([one, other.detach()]) for one, other in zip(*maps, strict=True)]
-    logits = discriminator(torch.cat([real, fake.detach()]), generator, joined)
+    logits = discriminator(torch.cat([real, fake.detach()]), maps=joined)
     real_logits, fake_logits = logits.split([len(real), len(fake)])
     return real_logits, fake_logits
 

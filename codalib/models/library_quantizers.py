@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codalib.models.checks import check_latents
 from codalib.models.quantizer import QuantizerOutput
 from codalib.models.tokens import Tokens
 
@@ -130,11 +131,7 @@ class LibraryQuantizer(nn.Module):
         }
 
     def _checked(self, latents: Tensor) -> Tensor:
-        expected = (self.latent_channels, self.scales[-1], self.scales[-1])
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
-            raise ValueError(
-                f"expected latents of shape (B, {', '.join(map(str, expected))}), got {tuple(latents.shape)}"
-            )
+        check_latents(latents, self.latent_channels, self.scales[-1])
         return latents.float().flatten(2).movedim(1, -1)  # (B, C, H, W) -> (B, H W, C)
 
     def _split(self, indices: Tensor) -> Tokens:

@@ -15,7 +15,7 @@ from torch import Tensor
 from codalib.base.hardware import to_device
 from codalib.models.checks import check_sampling
 from codalib.models.maskgit import Condition, MaskGIT
-from codalib.models.sampling_inputs import MASKED, draw_noise, first_tokens, masked_places, sample_generators, twice
+from codalib.models.sampling_inputs import MASKED, draw_noise, first_tokens, masked_places, one_rng_a_sample, twice
 from codalib.models.tokens import Tokens, split_levels
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # fraction of steps done, in (0, 1] -> fraction of tokens masked
@@ -95,7 +95,7 @@ def generate(
     guidance_at(0, steps, guidance, guidance_schedule)
     check_sampling(model.training, model.is_conditional, temperature, guidance, order, ORDERS)
     tokens = first_tokens(model, condition, batch, fixed)  # (B, L) on the model's device
-    generators = sample_generators(generator, len(tokens))
+    generators = one_rng_a_sample(generator, len(tokens))
     left = (tokens == model.mask_token).sum(1).tolist()  # (B,)
     plans = torch.tensor([unmask_counts(n, steps, schedule) if n else [0] * steps for n in left])  # (B, steps)
     for step in range(steps):

@@ -42,7 +42,7 @@ def masked_places(mask: Tensor, count: int) -> Tensor:
     return mask.flatten().byte().argsort(stable=True, descending=True)[:count]
 
 
-def sample_generators(
+def one_rng_a_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> list[torch.Generator]:
     if generator is None or isinstance(generator, torch.Generator):

@@ -5,7 +5,6 @@ import warnings
 import lpips
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from codalib.pretrained.networks import EfficientNetLite0, FrozenNetwork, check_images
 from codalib.pretrained.registry import find_weights, has_weights, load_checked, read_weights
@@ -53,17 +52,13 @@ class PerceptualEffNet(PerceptualDistance):
     channel-unit-normalised features, averaged over space; then the mean of the stages, in [0, 4].
 
     Not comparable with LPIPS's values, hence its own name.
-
-    Args:
-        resolution: side in pixels to which images are resized first (bicubic); None leaves their own.
     """
 
     name = "perceptual_effnet"
     eps = 1e-8  # inside the root, so that features of norm 0 have a finite gradient
 
-    def __init__(self, resolution: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.resolution = resolution
         self.network = EfficientNetLite0()
 
     def forward(self, reference: Tensor, reconstruction: Tensor) -> Tensor:
@@ -78,8 +73,6 @@ class PerceptualEffNet(PerceptualDistance):
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """The network's five maps of images in [-1, 1] (B, 3, h, w)."""
-        if self.resolution is not None and images.shape[-2:] != (self.resolution, self.resolution):
-            images = F.interpolate(images, size=(self.resolution, self.resolution), mode="bicubic", antialias=True)
         return self.network.feature_maps(images)
 
     def _unit(self, features: Tensor) -> Tensor:
@@ -87,14 +80,13 @@ class PerceptualEffNet(PerceptualDistance):
         return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + self.eps)
 
 
-def build_perceptual(name: str | None, weight: float = 1.0, resolution: int | None = None) -> PerceptualDistance | None:
+def build_perceptual(name: str | None, weight: float = 1.0) -> PerceptualDistance | None:
     """The perceptual distance of a name; None, and no network loaded, for no name or a weight of 0.
 
     Args:
         name: "perceptual_vgg", "perceptual_effnet", None, or "auto": VGG where its weights are, else EfficientNet (the
             returned module's `name` tells which).
         weight: the weight that the term will have.
-        resolution: for EfficientNet, see `PerceptualEffNet`.
     """
     if name == "auto":
         name = PerceptualVGG.name if has_weights("vgg16_lpips") else PerceptualEffNet.name
@@ -104,4 +96,4 @@ def build_perceptual(name: str | None, weight: float = 1.0, resolution: int | No
         )
     if name is None or weight == 0:
         return None
-    return PerceptualVGG() if name == PerceptualVGG.name else PerceptualEffNet(resolution)
+    return PerceptualVGG() if name == PerceptualVGG.name else PerceptualEffNet()

@@ -42,11 +42,11 @@ def png(pixels: np.ndarray, side: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def picture(data: bytes, alt: str, title: str = "", side: int = TILE) -> str:
+def picture(data: bytes, alt: str, side: int = TILE) -> str:
     """A PNG as an <img>, SIDE pixels a side."""
     source = base64.b64encode(data).decode("ascii")
     return (
-        f'<img src="data:image/png;base64,{source}" alt="{html.escape(alt)}" title="{html.escape(title or alt)}" '
+        f'<img src="data:image/png;base64,{source}" alt="{html.escape(alt)}" title="{html.escape(alt)}" '
         f'width="{side}" height="{side}" style="margin:1px;image-rendering:pixelated;display:inline-block">'
     )
 

@@ -238,7 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, kind in Case.__annotations__.items():
         one.add_argument(f"--{name}", type=kind)
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if given.result:
         case = Case(**{name: getattr(given, name) for name in Case.__annotations__})
         try:

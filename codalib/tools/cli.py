@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module and function in codalib.tools, what it does)
     "encode": ("tokens.encode", "images to tokens, in shards"),
     "decode": ("tokens.decode", "tokens to images"),
 }
+CLOCKED = ("run", "rehearse")  # whose messages begin with the time
 TOGETHER = ("run", "encode")  # on all the processes that a launcher starts, on several machines perhaps
 
 
@@ -44,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             set_threads()
     except ValueError as error:
         parser.error(str(error))
+    line = f"{'%(asctime)s ' if command in CLOCKED or place else ''}%(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, datefmt="%H:%M:%S", stream=sys.stderr)
     if place is None:
         return call(command, arguments[1:])
     from codalib.base.processes import together  # here alone: torch takes seconds to load
 
-    level = {"level": logging.INFO, "format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S", "stream": sys.stderr}
-    logging.basicConfig(**level)
     return together(place, partial(call, command, arguments[1:]))
 
 

@@ -15,7 +15,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -31,6 +30,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from codalib.base.files import read_json, write_json
+from codalib.base.files import sha256 as sha256_of
 from codalib.base.paths import project_folder
 from codalib.pretrained.registry import NETWORKS, Network, find_weights, has_weights, weights_folder
 from codalib.workflow.profiles import StageError, profile_path, profile_section, profile_stages, texts_in
@@ -245,12 +245,6 @@ def _receive(found: HfFileMetadata, token: str | None, part: Path) -> None:
 
 
 # --- checksums --------------------------------------------------------------------------------------------------------
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digits_in_name(path: Path) -> str:
     match = DIGITS_IN_NAME.search(path.name)
     return match[1] if match else ""
@@ -295,7 +289,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NETWORKS))
     parser.add_argument("--profile", help="what this profile needs: a name in profiles/")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if unknown := [name for name in options.names if name not in NETWORKS]:
         parser.error(f"expected networks among {', '.join(NETWORKS)}, got {', '.join(unknown)}")
     if not options.names and options.profile is None:

@@ -358,7 +358,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tflops", type=float, nargs="+", default=TFLOPS, help="of the GPUs to reckon with (312 989)")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="fraction of that in use (0.25)")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         found = rehearse(options.profile, options.batch, options.tflops, options.utilisation)
     except (StageError, DataError, MissingWeights, NonFiniteLoss, ValueError) as error:

@@ -105,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.threads is not None:
         os.environ[THREADS] = str(options.threads)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_MININTERVAL", "1")
     try:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -117,7 +116,6 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, help='"emoji", "emoji-small", a folder of ours or of the release')
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--batch-size", type=positive, default=64, help="images at a time (64)")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return parser
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from codalib.base.files import atomic_write
 from codalib.base.hardware import to_device
 from codalib.base.seeds import sample_generators
-from codalib.evaluation.latents import latent_scores
 from codalib.models.data_start import start_from_data
 from codalib.models.loss_weights import LossWeights
 from codalib.models.losses import weighted_sum
@@ -38,11 +37,10 @@ class QuantizerStage(Stage):
         settings: QuantizerSettings,
         latents: Tensor,
         folder: str | Path,
-        val_latents: Tensor | None,
         snapshots: Sequence[int],
     ):
         super().__init__(settings)
-        self.latents, self.val_latents, self.snapshots = latents, val_latents, snapshots
+        self.latents, self.snapshots = latents, snapshots
         self.weights = LossWeights(quantization=settings.quantization_weight, entropy=settings.entropy_weight)
         self.quantizer = settings.build_quantizer(latents.shape[1]).to(self.device)
         optimizer = build_adamw(self.quantizer.parameters(), settings, weight_decay=settings.weight_decay)
@@ -71,15 +69,11 @@ class QuantizerStage(Stage):
         with atomic_write(self.trainer.folder / f"snapshot-{step}.safetensors", "wb") as file:
             file.write(save({name: value.detach().cpu() for name, value in self.quantizer.state_dict().items()}))
 
-    def evaluate(self) -> dict[str, float]:
-        return {} if self.val_latents is None else latent_scores(self.quantizer, self.val_latents)
-
 
 def fit_quantizer(
     settings: QuantizerSettings,
     latents: Tensor,
     folder: str | Path,
-    val_latents: Tensor | None = None,
     snapshots: Sequence[int] = (),
 ) -> ResidualQuantizer:
     """Train a quantizer on latents (N, C, H, W) alone, with the quantization and entropy terms of Eq. 9-11.
@@ -91,6 +85,6 @@ def fit_quantizer(
     """
     if odd := [step for step in snapshots if not 0 <= step < settings.steps]:
         raise ValueError(f"snapshots after {odd} steps asked for, expected from 0 to below {settings.steps}, the steps")
-    stage = QuantizerStage(settings, latents, folder, val_latents, snapshots)
+    stage = QuantizerStage(settings, latents, folder, snapshots)
     stage.trainer.run(stage, settings.kind)
     return stage.quantizer.eval()

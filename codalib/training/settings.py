@@ -1,5 +1,6 @@
-"""The settings of the training stages: each default stands here alone, with its unit and source.
+"""The settings of the training stages: each default with its unit and source.
 
+They stand here alone, but for what the quantizers' constructors take from Python too; tests hold both to the release.
 Sources: the paper (arXiv:2503.17760, section 5.1), the authors' released code ("release"), MaskGIT (arXiv:2202.04200);
 without one the value is ours. A notebook takes any field by name, as a parameter of its own or in `settings`.
 """

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from codalib.base.files import atomic_write, read_json, write_json, writing
+from codalib.base.files import atomic_write, read_json, sha256, write_json, writing
 from codalib.base.hardware import ThreadWatch, has_bfloat16
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE
@@ -344,7 +344,7 @@ class Trainer:
             save_file({n: v.detach().cpu().contiguous() for n, v in tensors.items()}, folder / f"{name}.safetensors")
         settings = dataclasses.asdict(self.settings)
         write_json(folder / "state.json", {"step": self.step, "seconds": self.seconds, "settings": settings})
-        digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        digests = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         (folder / DIGESTS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
         for path in folder.iterdir():
             _flush(path)
@@ -503,11 +503,6 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None: nothing. Without digests (older ones) only torn files are seen."""
     try:
@@ -515,9 +510,7 @@ def _damage(checkpoint: Path) -> str | None:
             lines = [line.partition("  ") for line in (checkpoint / DIGESTS).read_text().splitlines()]
             listed = {name: digest for digest, _, name in lines}
             files = {path.name for path in checkpoint.iterdir()} - {DIGESTS}
-            if odd := [
-                name for name in sorted(files | listed.keys()) if _digest(checkpoint / name) != listed.get(name)
-            ]:
+            if odd := [name for name in sorted(files | listed.keys()) if sha256(checkpoint / name) != listed.get(name)]:
                 return f"the SHA-256 of {', '.join(odd)} is not that of {DIGESTS}"
         else:
             read_json(checkpoint / "state.json")

@@ -52,7 +52,7 @@ def vae(folder):
 
 def quantizer(folder):
     latents = torch.randn(32, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    store(fit_quantizer(QUANTIZER, latents, folder, latents, (0, 30)), folder)
+    store(fit_quantizer(QUANTIZER, latents, folder, (0, 30)), folder)
 
 
 def train_tokenizer(folder):
