@@ -110,7 +110,13 @@ def _items(value: Any, hint: Any) -> Any:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML in which a date is text: a folder may be named 2026-11-26."""
+    """YAML in which a date is text, as a folder may be named 2026-11-26, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 PlainLoader.yaml_implicit_resolvers = {

@@ -65,6 +65,7 @@ def test_a_profile_goes_over_what_it_extends_section_by_section(profiles):
         ("a, d:\n  x: 1", "expected sections of notebooks, got d"),
         ("a:\n  settings: {x: 1}", "expected the fields themselves as keys"),
         ("a: 3", "expected names and values in the section 'a', got 3"),
+        ("a:\n  x: 1\na:\n  y: 2", "the key 'a' stands twice"),
     ],
 )
 def test_a_wrong_profile_is_one_sentence(profiles, text, words):
