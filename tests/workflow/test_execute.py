@@ -204,8 +204,8 @@ def test_the_kernel_is_of_this_interpreter_whatever_is_named_python3_and_without
     environment = {name: value for name, value in os.environ.items() if name not in {"HOME", *HOMES}}
     code = (
         "import sys; from pathlib import Path; import codalib.workflow.profiles as p\n"
-        "p.project_folder = lambda: Path(sys.argv[1])\nfrom codalib.tools.run import main\n"
-        "sys.exit(main([*sys.argv[2:], '--profile', 'tiny', '--threads', '1']))"
+        "p.project_folder = lambda: Path(sys.argv[1])\nfrom codalib.tools.cli import main\n"
+        "sys.exit(main(['run', *sys.argv[2:], '--profile', 'tiny', '--threads', '1']))"
     )
     command = [sys.executable, "-c", code, str(project), str(path)]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True)
