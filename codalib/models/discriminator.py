@@ -56,8 +56,7 @@ class FrozenFeatureDiscriminator(nn.Module):
         self.heads = synchronised(nn.ModuleList(Head(c) for c in channels))
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None, maps: list | None = None) -> Tensor:
-        """Images in [-1, 1] (B, 3, h, w) -> logits (B, N); a CPU `generator` seeds DINO's crop of large images.
-        `maps` are EfficientNet's feature maps of the images, where they are known."""
+        """Images -> logits (B, N); a CPU `generator` seeds DINO's crop; `maps`: EfficientNet's maps, where known."""
         readouts = self.readouts(images, generator, maps)
         return torch.cat([head(tokens) for head, tokens in zip(self.heads, readouts, strict=True)], dim=1)
 

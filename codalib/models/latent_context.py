@@ -24,14 +24,15 @@ class CodeValues(nn.Module):
     code_channels: int | None  # C, None without code values
     latent_context: bool
 
-    def add_code_values(self, code_values: Tensor | None, codes: int, width: int, latent_context: bool) -> None:
-        """Check both settings, and add what `code_embeddings` needs."""
+    def add_codes(self, code_values: Tensor | None, codes: int, width: int, latent_context: bool) -> None:
+        """Check both settings, and add the learned embeddings and what else `code_embeddings` needs."""
         if code_values is not None and len(code_values) != codes:
             raise ValueError(f"expected {codes} code values, one a code, got {len(code_values)}")
         if latent_context and code_values is None:
             raise ValueError("expected code_values with latent_context, which sums them, got none")
         self.code_channels = None if code_values is None else code_values.shape[1]
         self.latent_context = latent_context
+        self.codes = nn.Embedding(codes + 1, width)  # the last is the mask
         if code_values is not None:
             self.register_buffer("code_values", code_values.detach().clone().float())
             self.code_projection = nn.Linear(self.code_channels, width, bias=False)

@@ -69,7 +69,6 @@ class MaskGIT(OnHub, CodeValues):
         self.num_classes, self.text_dim = num_classes, text_dim
         self.dropout_rate, self.level_positions = dropout, level_positions
         self.info: dict[str, Any] = {}  # what else is saved beside the weights, such as the tokenizer's hash
-
         self._build_embeddings(code_values, latent_context)
         self.input_norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
@@ -82,13 +81,11 @@ class MaskGIT(OnHub, CodeValues):
 
     def _build_embeddings(self, code_values: Tensor | None, latent_context: bool) -> None:
         """What the sequence starts as: codes, levels, positions and the condition."""
-        width = self.width
-        self.codes = nn.Embedding(self.codebook_size + 1, width)  # the last is the mask
-        self.add_code_values(code_values, self.codebook_size, width, latent_context)
-        self.levels = nn.Embedding(len(self.scales), width)
-        places = self.num_tokens if self.level_positions else max(self.scales) ** 2
-        self.positions = nn.Parameter(torch.empty(places, width))
-        self.register_buffer("token_levels", token_levels(self.scales), persistent=False)
+        width, scales = self.width, self.scales
+        self.add_codes(code_values, self.codebook_size, width, latent_context)
+        self.levels = nn.Embedding(len(scales), width)
+        self.positions = nn.Parameter(torch.empty(self.num_tokens if self.level_positions else max(scales) ** 2, width))
+        self.register_buffer("token_levels", token_levels(scales), persistent=False)
         if self.num_classes is not None:
             self.classes = nn.Embedding(self.num_classes + 1, width)  # the last is no class
         if self.text_dim is not None:
@@ -156,9 +153,8 @@ class MaskGIT(OnHub, CodeValues):
     ) -> Tensor:
         """The loss of Eq. 12: the mean of -log p(z_i | visible tokens) over the masked tokens i, in nats.
 
-        `tokens` (B, L), `mask` (B, L) bool, true where masked; `condition`, `dropped` as in `features`;
-        `label_smoothing` is the part of the target that is spread evenly over all codes; `rows` (M,) are
-        the masked places of the flattened sequences, where they are known and the host need not wait for them.
+        `tokens` (B, L), `mask` (B, L) bool, true where masked; `condition`, `dropped` as in `features`; `rows` (M,):
+        the masked places, flattened, if known; `label_smoothing`: the part of the target spread over all codes.
         """
         x = self.features(tokens.masked_fill(mask, self.mask_token), condition, dropped)
         rows = mask.flatten().nonzero()[:, 0] if rows is None else rows
