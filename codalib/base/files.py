@@ -128,12 +128,15 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def read_json(path: str | Path) -> Any:
-    """The contents of a JSON file; a broken one raises ValueError with its name."""
+def read_json(path: str | Path, *keys: str) -> Any:
+    """The contents of a JSON file; a broken one, or one that lacks one of KEYS, raises ValueError with its name."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path} is not a JSON file ({error}): remove it and run its stage again.") from error
+    if missing := [key for key in keys if not isinstance(contents, dict) or key not in contents]:
+        raise ValueError(f"{path} is damaged, expected {missing[0]!r} in it: remove it and run its stage again.")
+    return contents
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -205,9 +208,11 @@ def file_digests(paths: Iterable[str]) -> dict[str, str]:
 
 def _kept_digests(kept: Path) -> dict[str, list]:
     try:
-        return read_json(kept)
+        rows = read_json(kept)
     except (OSError, ValueError):  # not there yet, or broken: the files are read again
         return {}
+    rows = rows if isinstance(rows, dict) else {}
+    return {name: row for name, row in rows.items() if isinstance(row, list) and len(row) == 4}
 
 
 def _digest(path: str, known: list | None) -> list:

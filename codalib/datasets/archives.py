@@ -6,6 +6,7 @@ once, so that the seeded order, resuming and the transforms are those of `datase
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
@@ -30,6 +31,8 @@ TAR_IMAGES = {"jpg", "jpeg", "png", "webp"}
 VALIDATION = ("validation", "test")  # names that `datasets` gives to splits, the first that is there is measured on
 SIDE = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|dev|test))(?![a-z])", re.IGNORECASE)
 HUB_TIMEOUT = 10  # seconds
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +104,17 @@ class Tar:
             return file.read(place[1])
 
     def rows(self) -> list[Row]:
-        """The samples in the tar's order; the index is kept in `runs/tars` where there is a folder of runs."""
+        """The samples in the tar's order.
+
+        The index is kept in `runs/tars` where there is a folder of runs; one that is damaged is made anew.
+        """
         state = os.stat(self.path)
         key = repr((os.path.abspath(self.path), state.st_size, state.st_mtime_ns))
         kept = runs_folder("tars") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
-        if kept.exists():
-            table = pq.read_table(kept)
-        else:
+        if (table := _read_index(kept)) is None:
             table = pa.Table.from_pylist(self._samples(), _INDEX)
             if runs_folder().exists():
-                with atomic_write(kept, "wb") as file:
-                    pq.write_table(table, file)
+                _keep_index(table, kept)
         return [
             Row(row["key"], Stored(self, (row["offset"], row["size"])), row["label"], row["captions"])
             for row in table.to_pylist()
@@ -148,6 +151,29 @@ _INDEX = pa.schema(
         "captions": pa.list_(pa.string()),
     }
 )
+
+
+def _read_index(kept: Path) -> pa.Table | None:
+    """The index of a tar; None where it is not there yet, or damaged."""
+    try:
+        table = pq.read_table(kept, page_checksum_verification=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowException) as error:
+        log.warning("%s is damaged (%s): its tar is read again", kept, error)
+        return None
+    if not table.schema.equals(_INDEX):
+        log.warning("%s is damaged (its columns are not those of an index): its tar is read again", kept)
+        return None
+    return table
+
+
+def _keep_index(table: pa.Table, kept: Path) -> None:
+    try:
+        with atomic_write(kept, "wb") as file:
+            pq.write_table(table, file, write_page_checksum=True)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): its tar is read again at each opening", kept, error)
 
 
 def _add(sample: dict, ending: str, stored: bytes) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from codalib.base.files import alone, atomic_folder, atomic_write, read_json, write_json
+from codalib.base.files import alone, atomic_folder, atomic_write, read_json, write_json, writing
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE, sample_generators
 from codalib.datasets.images import (
@@ -38,6 +39,7 @@ from codalib.datasets.images import (
 from codalib.models.checkpoints import load_tokenizer
 from codalib.models.maskgit import MaskGIT
 from codalib.models.tokenizer import CodaTokenizer
+from codalib.pretrained.registry import read_weights
 
 MANIFEST, CAPTIONS, CODES = "manifest.json", "captions.json", "codes.safetensors"
 SHARDS, COLUMNS = "shards", "columns"
@@ -237,7 +239,7 @@ def assemble(folder: Path) -> None:
     """
     if not (folder / SHARDS).exists():
         return
-    with alone(folder / ".assembling"):
+    with writing(folder), alone(folder / ".assembling"):
         if not (folder / COLUMNS).exists():
             paths = [_shard(folder, number) for number in range(read_json(folder / MANIFEST)["shards"])]
             if missing := [path.name for path in paths if not path.exists()]:
@@ -269,9 +271,13 @@ def _write_columns(shards: Sequence[Path], folder: Path) -> None:
 
 def _mapped(column: Path) -> np.ndarray:
     try:
-        return np.asarray(np.load(column, mmap_mode="r"))
-    except (ValueError, OSError) as error:
+        found = np.lib.format.open_memmap(column, mode="r")
+        whole = found.offset + found.nbytes == column.stat().st_size
+        if not (whole and found.dtype.isnative and found.dtype.kind in "iu"):
+            raise ValueError(f"its head speaks of {found.shape} {found.dtype}")
+    except (ValueError, OSError, SyntaxError, TokenError) as error:  # the last two of a damaged head
         raise ValueError(f"{column} cannot be read ({error}): remove its folder and run its stage again") from error
+    return np.asarray(found)
 
 
 def _rows(shard: Path) -> int:
@@ -307,7 +313,7 @@ class TokenCache:
             raise ValueError(
                 f"{folder} holds no token cache ({MANIFEST}): make one with codalib.datasets.token_cache.cache_tokens"
             )
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, "tokenizer", "scales", "codebook_size", "classes", "shards")
         if tokenizer_hash is not None and manifest["tokenizer"] != tokenizer_hash:
             raise CacheMismatch(
                 f"the tokens of {folder} were made by the tokenizer {manifest['tokenizer']}, expected "
@@ -344,7 +350,7 @@ class TokenCache:
     @cached_property
     def code_values(self) -> Tensor:
         """What each code adds to the latents, (K, C)."""
-        return torch.from_numpy(load_file(self.folder / CODES)["values"])
+        return read_weights(self.folder / CODES)["values"]
 
     @cached_property
     def fingerprint(self) -> str:

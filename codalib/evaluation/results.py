@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -10,12 +11,15 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
 
 from codalib.base.files import read_json
 from codalib.datasets.images import ImageDataset
 from codalib.models.checkpoints import EMBEDDED_GENERATORS, EMBEDDED_TOKENIZERS, EMOJI_VAE, PUBLISHED_VAES, find_model
 from codalib.models.checkpoints.names import weights_digest
 from codalib.pretrained.registry import find_weights
+
+log = logging.getLogger(__name__)
 
 EXECUTION = ("batch_size", "workers")  # settings that change no number
 
@@ -55,13 +59,29 @@ def result_file(
 
 
 def is_cached(file: Path, accelerator: Accelerator) -> bool:
-    """Whether FILE is there, the same answer for every process: the first one's, before it writes."""
-    answer = [file.exists() and accelerator.is_main_process]  # another machine may see it later
+    """Whether FILE is there and whole, the same answer for every process: the first one's, before it writes."""
+    answer = [accelerator.is_main_process and _is_whole(file)]  # another machine may see it later
     return broadcast_object_list(answer)[0]
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether FILE, JSON or safetensors, is there and can be read; a warning where it is damaged, so is made again."""
+    if not file.exists():
+        return False
+    try:
+        if file.suffix == ".json":
+            read_results([file])
+        else:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        log.warning("%s is damaged (%s) and is made again", file, error)
+        return False
+    return True
+
+
 def read_results(files: Iterable[Path]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of some results, and the protocol of each metric."""
-    results = [read_json(file) for file in files]
+    """The rows of some results, and the protocol of each metric; ValueError where a file holds none."""
+    results = [read_json(file, "row", "protocol") for file in files]
     protocol = {metric: text for result in results for metric, text in result["protocol"].items()}
     return [result["row"] for result in results], protocol

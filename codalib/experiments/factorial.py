@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from codalib.datasets.images import ImageDataset, evaluation_batches
@@ -31,6 +30,7 @@ from codalib.experiments.trials import Compared, TrialFolder, data_digest, words
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.vae import ContinuousVAE
+from codalib.pretrained.registry import read_weights
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import QuantizerSettings
 
@@ -227,7 +227,7 @@ class Factorial:
         return f"{grid} {method} rate {rate:g} entropy {weight:g} seed {settings.seed}"
 
     def _at(self, quantizer: ResidualQuantizer, folder: Path, step: int) -> dict[str, Any]:
-        quantizer.load_state_dict(load_file(folder / f"snapshot-{step}.safetensors"))
+        quantizer.load_state_dict(read_weights(folder / f"snapshot-{step}.safetensors"))
         scores = quantizer_scores(quantizer, *self.data.choose)[0]
         return {"step": step} | {name: scores[name] for name in ("relative_error", "utilization", "perplexity")}
 

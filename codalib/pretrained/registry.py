@@ -255,7 +255,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 "its state dict alone, best as .safetensors, where it was made"
             ) from error
         raise ValueError(
-            f"{path} cannot be read as named tensors ({reason(error)}): remove it and fetch it again"
+            f"{path} cannot be read as named tensors ({reason(error)}): remove it and fetch or make it again"
         ) from error
     if isinstance(state, Mapping):
         state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), state)

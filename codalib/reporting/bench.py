@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator
 from codalib.base.files import read_json
 from codalib.base.paths import MANIFEST, project_folder
 from codalib.reporting.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, styled
+from codalib.reporting.tables import read_table
 
 STEP_PRODUCTS, STEP_EXPONENTIALS = 144, 3  # multiply-adds and exponentials a logit, as tools.bench_cases counts them
 LABELS = {  # (task, implementation) -> name, colour
@@ -41,7 +42,7 @@ def read_bench(folder: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str
     FOLDER is below the checkout unless it is absolute.
     """
     folder = project_folder() / folder
-    frame, rates = pd.read_csv(folder / "results.csv"), pd.read_csv(folder / "rates.csv", index_col="device")
+    frame, rates = read_table(folder / "results.csv"), read_table(folder / "rates.csv", index_col="device")
     return frame, rates, read_json(folder / MANIFEST)
 
 

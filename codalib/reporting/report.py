@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from PIL import Image
 
 from codalib.base.files import atomic_write, read_json, write_json
@@ -20,7 +19,7 @@ from codalib.experiments.paper import CLAIMS, COLUMNS, PAPER, Claim
 from codalib.experiments.statistics import FAILS, HOLDS, NOT_TESTED, UNDECIDED, corrected
 from codalib.reporting import pages
 from codalib.reporting.figures import figure_uri
-from codalib.reporting.tables import clock, html_table, markdown_table, number, readable, size
+from codalib.reporting.tables import clock, html_table, markdown_table, number, read_table, readable, size
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +213,7 @@ def _tables(stage: Stage, folder: Path) -> list[dict[str, str]]:
     found = []
     for result in stage.results("tables"):
         source, name = stage.file("tables", result["file"]), f"{stage.name}-{Path(result['file']).stem}"
-        shown, caption = readable(pd.read_csv(source)), result.get("caption", "")
+        shown, caption = readable(read_table(source)), result.get("caption", "")
         with atomic_write(folder / "tables" / f"{name}.csv") as file:
             file.write(source.read_text(encoding="utf-8"))
         with atomic_write(folder / "tables" / f"{name}.md") as file:

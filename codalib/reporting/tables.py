@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from codalib.base.files import atomic_write
 from codalib.experiments.paper import Table, title_and_direction
 from codalib.experiments.statistics import SPREAD_SUFFIX
 
@@ -71,8 +72,17 @@ def beside_paper(
 
 def save_table(frame: pd.DataFrame, folder: str | Path, file: str, title: str, caption: str) -> dict[str, str]:
     """Write a table as FILE, CSV, into FOLDER; returns its entry among the results of a run."""
-    frame.to_csv(Path(folder) / file, index=False)
+    with atomic_write(Path(folder) / file) as opened:
+        frame.to_csv(opened, index=False)
     return {"file": file, "title": title, "caption": caption}
+
+
+def read_table(path: Path, **options: Any) -> pd.DataFrame:
+    """A table of a run, with OPTIONS of `pandas.read_csv`; ValueError where the file is none."""
+    try:
+        return pd.read_csv(path, **options)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a table ({error}): remove it and run its stage again") from error
 
 
 def label(column: str) -> str:

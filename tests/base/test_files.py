@@ -42,8 +42,16 @@ def test_an_unchanged_file_is_read_once_by_any_process(runs, tmp_path, monkeypat
     (tmp_path / "link").symlink_to(file)
     assert file_digest(tmp_path / "link") == found
     monkeypatch.undo()
-    kept.write_text('{"torn')
-    assert file_digest(file) == found
+    for damaged in ('{"torn', "[]", '{"with\\na newline": [3]}'):
+        kept.write_text(damaged)
+        assert file_digest(file) == found
+
+
+def test_json_that_is_torn_or_lacks_a_key_is_named(tmp_path):
+    for contents, said in (('{"row": 1', "is not a JSON file"), ('{"rows": 1}', "'row'"), ("[1]", "'row'")):
+        (tmp_path / "kept.json").write_text(contents)
+        with pytest.raises(ValueError, match=rf"kept.json .*{said}.*: remove it and run its stage again"):
+            files.read_json(tmp_path / "kept.json", "row")
 
 
 def test_a_file_that_has_just_changed_is_not_kept(runs, tmp_path, monkeypatch):

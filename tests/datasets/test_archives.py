@@ -1,8 +1,10 @@
 """The same pictures from folders, COCO, Parquet, `datasets` and tars give the same tensors, in the same order."""
 
+import errno
 import io
 import itertools
 import json
+import os
 import pickle
 import tarfile
 import time
@@ -143,6 +145,37 @@ def test_an_archive_that_changed_is_read_anew_and_has_another_digest(tmp_path, m
     after = load_dataset(name, "train", 16)
     assert [(item.label, item.captions) for item in after.items] == [(1, ("one", "two"))]
     assert after.content_digest != before.content_digest
+
+
+def test_a_damaged_index_of_a_tar_is_made_anew_with_a_warning(tmp_path, caplog):
+    write_tars(tmp_path, shard=8)
+    opened = archives.Tar(str(tmp_path / "train-000.tar"))
+    rows = opened.rows()
+    (kept,) = (tmp_path / "runs" / "tars").iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[:-9], b"", b"no Parquet", whole[:150] + bytes([whole[150] ^ 1]) + whole[151:]):
+        kept.write_bytes(damaged)
+        caplog.clear()
+        assert opened.rows() == rows
+        assert f"{kept} is damaged" in caplog.text
+        assert kept.read_bytes() == whole
+    pq.write_table(pa.table({"key": ["other"]}), kept)
+    caplog.clear()
+    assert opened.rows() == rows
+    assert "its columns are not those of an index" in caplog.text
+    caplog.clear()
+    assert opened.rows() == rows
+    assert not caplog.text
+
+
+def test_an_index_that_cannot_be_kept_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(path, mode):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(archives, "atomic_write", refuse)
+    write_tars(tmp_path, shard=8)
+    assert len(archives.Tar(str(tmp_path / "train-000.tar")).rows()) == 8
+    assert "cannot be written ([Errno 30] Read-only file system" in caplog.text
 
 
 def test_without_a_validation_split_a_tenth_is_held_out(tmp_path):

@@ -1,8 +1,11 @@
 import dataclasses
+import errno
 import json
+import tempfile
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -206,8 +209,27 @@ def test_broken_or_absent_caches_say_so(cached, tokenizer, images, tmp_path):
     assert json.loads((tmp_path / "captions.json").read_text())
     shard.write_bytes(whole)
     assert np.array_equal(TokenCache.open(tmp_path).indices, TokenCache.open(cached).indices)
-    (tmp_path / "columns" / "label.npy").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"label.npy cannot be read .*: remove"):
+    column = tmp_path / "columns" / "label.npy"
+    whole = column.read_bytes()
+    heads = [whole.replace(b"<i4", other) for other in (b">i4", b"<f4", b"|S4", b"<i2", b"<i\xb4")]
+    heads += [whole.replace(old, new) for old, new in ((b"{", b"["), (b"(", b"8"), (b"'shape'", b"'shap!'"))]
+    for damaged in (b"", b"half", whole[:40], whole[:-1], whole + b"0", *heads):
+        column.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"label.npy cannot be read .*: remove"):
+            TokenCache.open(tmp_path)
+    column.write_bytes(whole)
+    (tmp_path / "codes.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"codes.safetensors cannot be read .*: remove it"):
+        _ = TokenCache.open(tmp_path).code_values
+    (tmp_path / "manifest.json").write_text('{"tokenizer": "t"}')
+    with pytest.raises(ValueError, match=r"manifest.json is damaged, expected 'scales' in it: remove it"):
+        TokenCache.open(tmp_path)
+
+
+def test_shards_where_nothing_can_be_written_say_so(tmp_path, monkeypatch):
+    write_shards(tmp_path, 1, 2, 1)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+    with pytest.raises(OSError, match=r"expected a folder that can be written, got .*Read-only file system"):
         TokenCache.open(tmp_path)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +216,21 @@ def test_what_is_measured_is_not_measured_again(models, measured, monkeypatch):
     assert files == sorted(path.stat().st_mtime_ns for path in measured.rglob("*.json"))
     with pytest.raises(pytest.fail.Exception, match="drawn again"):
         evaluate_maskgit(SETTINGS, *models[:2], {"new": SamplerConfig(steps=1)}, measured)
+
+
+def test_damaged_features_are_drawn_again_with_a_warning(models, measured, tmp_path, caplog):
+    shutil.copytree(measured, tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "generated").glob("guidance-2-*.json"):
+        file.unlink()
+    for file in (features := list((tmp_path / "damaged" / "generated").glob("*.safetensors"))):
+        file.write_bytes(file.read_bytes()[:-1])
+    evaluate_maskgit(SETTINGS, *models[:2], SAMPLERS, tmp_path / "damaged")
+    assert sum(f"{file} is damaged" in caplog.text for file in features) >= 2
+    again, before = (
+        [row | {"seconds_a_sample": None} for row in read_generation_results(SETTINGS, *models[:2], SAMPLERS, place)[0]]
+        for place in (tmp_path / "damaged", measured)
+    )
+    assert again == before
 
 
 def train_and_measure(settings, cache, folder, *arguments):

@@ -80,6 +80,17 @@ def test_a_measured_model_is_not_measured_again_until_something_changes(alone, m
         evaluate_models(other, VAES, TOKENIZERS, alone)
 
 
+def test_a_damaged_result_is_measured_again_with_a_warning(alone, tmp_path, caplog):
+    shutil.copytree(alone, tmp_path / "damaged")
+    files = sorted((tmp_path / "damaged" / "measured").iterdir())
+    for file, damaged in zip(files, ("{", '{"row": {}}'), strict=True):
+        file.write_text(damaged)
+    evaluate_models(SETTINGS, VAES, TOKENIZERS, tmp_path / "damaged")
+    assert all(f"{file} is damaged" in caplog.text for file in files)
+    again, before = (read_reconstruction_results(SETTINGS, MODELS, place) for place in (tmp_path / "damaged", alone))
+    assert again == before
+
+
 def test_a_changed_tokenizer_is_another_result(tmp_path, monkeypatch):
     monkeypatch.setenv("CODALIB_RUNS", str(tmp_path))
     CodaTokenizer.from_pretrained("emoji").save_pretrained(tmp_path / "mine", base="emoji")

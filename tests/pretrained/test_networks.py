@@ -63,7 +63,7 @@ def test_unknown_network_and_damaged_file(weights_folder):
     with pytest.raises(KeyError, match="expected a network of"):
         registry.find_weights("resnet")
     (weights_folder / "dino_deitsmall16_pretrain.pth").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="fetch it again"):
+    with pytest.raises(ValueError, match="fetch or make it again"):
         features.DinoViTS16()
     torch.save({0: torch.ones(1)}, weights_folder / "dino_deitsmall16_pretrain.pth")
     with pytest.raises(ValueError, match=r"expected named tensors .*got 0"):

@@ -15,11 +15,19 @@ from codalib.reporting.tables import (
     markdown_table,
     number,
     prose,
+    read_table,
     readable,
     size,
     spread,
     verdicts,
 )
+
+
+@pytest.mark.parametrize("contents", [b"", b'a,b\n"1,2', b"a\n\xff"])
+def test_a_table_that_is_none_is_named(tmp_path, contents):
+    (tmp_path / "table.csv").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"table.csv is not a table \(.*\): remove it and run its stage again"):
+        read_table(tmp_path / "table.csv")
 
 
 def test_each_measure_stands_beside_the_papers():
