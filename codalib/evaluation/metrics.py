@@ -405,9 +405,10 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
     Means are (D,), covariances symmetric (D, D), singular ones included.
     """
     mean1, cov1, mean2, cov2 = (torch.as_tensor(value).double() for value in (mean1, cov1, mean2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
+    varied = cov1.diagonal() > 0  # the others add nothing to C1 C2, and where many are constant MKL's eigh may fail
+    values, vectors = torch.linalg.eigh(cov1[varied][:, varied])
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # C1^(1/2)
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp_min(0).sqrt().sum()  # tr (C1 C2)^(1/2)
+    cross = torch.linalg.eigvalsh(root @ cov2[varied][:, varied] @ root).clamp_min(0).sqrt().sum()  # tr (C1 C2)^(1/2)
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)
 
 

@@ -109,6 +109,7 @@ def test_frechet_distance_of_known_gaussians():
     mean, spread = torch.zeros(3), torch.diag(torch.tensor([1.0, 4.0, 0.0]))  # singular
     assert metrics.frechet_distance(mean, spread, mean, spread) == pytest.approx(0, abs=1e-9)
     assert metrics.frechet_distance(mean, spread, mean + 2, spread) == pytest.approx(12)
+    assert metrics.frechet_distance(mean, 0 * spread, mean + 2, spread) == pytest.approx(12 + 5)  # a point
     # Axis-aligned: the sum of (s1 - s2)^2.
     assert metrics.frechet_distance(mean, spread, mean, 4 * spread) == pytest.approx(1 + 4)
 
