@@ -48,13 +48,20 @@ def compute_device() -> str:
     return "cuda" if set_up_gpu() else "cpu"
 
 
+def gpu_count() -> int:
+    """The GPUs that torch can use; a driver that is too old for it still lists them."""
+    import torch  # here alone: what reads results needs no torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def set_up_gpu() -> bool:
     """Whether torch sees a GPU; how it then computes in float32, and that convolutions take the fastest algorithm.
 
     Float32 convolutions are done in TF32, as torch does by default and so the release; float32 matrix products are not:
     a code is chosen by logits that differ by less than TF32's 10 bits. Elsewhere speed comes of bfloat16.
     """
-    import torch  # here alone: what reads results needs no torch
+    import torch  # here alone, as above
 
     if not torch.cuda.is_available():
         return False

@@ -28,7 +28,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
 from codalib.base.files import atomic_write, read_json, write_json
-from codalib.base.hardware import note_peaks, peaks, set_up_gpu
+from codalib.base.hardware import gpu_count, note_peaks, peaks, set_up_gpu
 from codalib.base.paths import runs_folder
 from codalib.base.team import TEAM, Place, Team, TeamError, check_environment, check_processes
 
@@ -64,7 +64,7 @@ def launch(function: Callable[..., None], processes: int, *arguments) -> None:
         _join()
         function(*arguments)
         return
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     if processes < 1 or (gpus and processes > gpus):
         raise ValueError(f"processes is {processes}, expected 1 to {gpus or 'any number'}: one a GPU of this machine")
     if processes == 1:
@@ -127,12 +127,12 @@ def _join(store: torch.distributed.Store | None = None) -> None:
     if torch.distributed.is_initialized():
         return
     place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-    if torch.cuda.is_available():
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus := gpu_count():
+        local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= gpus:
             raise ValueError(f"expected one process a GPU, got {local_rank + 1} processes and {gpus} GPUs here")
         torch.cuda.set_device(local_rank)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if gpus else "gloo"
     torch.distributed.init_process_group(backend, timeout=PATIENCE, **(place if store else {}))
     if backend == "gloo":  # it connects at once: who had nothing to say would be gone before the others have reached it
         torch.distributed.barrier()

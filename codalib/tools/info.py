@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from codalib.base.hardware import fixed_threads, machine
+from codalib.base.hardware import fixed_threads, gpu_count, machine
 from codalib.base.paths import project_folder, reports_folder, runs_folder
 from codalib.pretrained.registry import network_status, weights_folder
 from codalib.workflow.manifest import library_versions, lock_digest, source_version
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch  # here alone: `machine` then knows of GPUs
 
     found = machine()
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_name(i) for i in range(gpu_count())]
     networks = [row["name"] for row in network_status() if row["here"]]
     source = ", ".join(f"{name} {value}" for name, value in source_version().items())
     rows = {"source": source, "python": sys.version.split()[0], **library_versions()}
