@@ -4,6 +4,7 @@ The report's own verdicts, what does not hold first; `make readme` after a new r
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from codalib.reporting.report import VERDICTS
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "reports" / "emoji-long" / "manifest.json"
-ORDER = (FAILS, UNDECIDED, NOT_TESTED, HOLDS)
+ORDER = (FAILS, HOLDS, UNDECIDED, NOT_TESTED)
+HEAD = "| claim | verdicts, and in how many settings | measured, for the first |\n|---|---|---|"
 OUTCOMES = {  # of a claim over all its settings, in this order -> whether it is that, from the verdicts
     "Does not hold": lambda found: FAILS in found and HOLDS not in found,
     "Holds in one setting and not in another": lambda found: {FAILS, HOLDS} <= found,
-    "Open": lambda found: FAILS not in found and found != {HOLDS},
-    "Holds": lambda found: found == {HOLDS},
+    "Undecided": lambda found: UNDECIDED in found and FAILS not in found,
+    "Not tested": lambda found: found == {NOT_TESTED},
+    "Holds": lambda found: found - {NOT_TESTED} == {HOLDS},
 }
 
 
@@ -42,20 +45,17 @@ def blocks(stages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     ordered = [name for names in outcomes.values() for name in names if by_id[name]]
     return {
         "outcomes": "\n".join(lines),
-        "claims": "\n".join(_line(CLAIMS[name].title, by_id[name]) for name in ordered),
+        "claims": "\n".join([HEAD, *(_line(CLAIMS[name].title, by_id[name]) for name in ordered)]),
     }
 
 
 def _line(title: str, claims: Sequence[Mapping[str, Any]]) -> str:
-    """One claim in a sentence: each verdict that it has got, with the settings that got it and what they measured."""
-    parts = []
-    for verdict in ORDER:
-        own = [(claim["setting"], claim["effect"]) for claim in claims if claim["verdict"] == verdict]
-        if own:
-            measured = "; ".join(f"{setting}: {effect}" if setting else effect for setting, effect in own)
-            parts.append(f"{VERDICTS[verdict][1]} ({measured})")
-    text = ", and ".join(parts).replace("quantization_error", "error").replace("->", "→")
-    return f"- **{title}** {text}."
+    """One claim in a row: its verdicts, in how many settings each, and what stands behind the first of them."""
+    counts = Counter(claim["verdict"] for claim in claims)
+    verdicts = [f"{VERDICTS[verdict][1]} ({counts[verdict]})" for verdict in ORDER if counts[verdict]]
+    first = min(claims, key=lambda claim: ORDER.index(claim["verdict"]))
+    measured = f"{first['setting']}: {first['effect']}" if first["setting"] else first["effect"]
+    return f"| {title} | {', '.join(verdicts)} | {measured.replace('->', '→')} |"
 
 
 def fill(text: str, found: Mapping[str, str]) -> str:

@@ -52,16 +52,29 @@ def test_what_does_not_hold_comes_first_with_what_was_measured():
     assert holds.startswith("- **Holds** (1 of 14)")
     assert rest.startswith("- **Not checked** (12 of 14)")
     assert found["claims"].splitlines() == [
-        "- **Each step of the ablation helps** does not hold (b: error b), and holds (a: error a).",
-        "- **Residual levels lower the error** holds (error once).",
+        build_readme.HEAD.splitlines()[0],
+        build_readme.HEAD.splitlines()[1],
+        "| Each step of the ablation helps | does not hold (1), holds (1) | b: error b |",
+        "| Residual levels lower the error | holds (1) | error once |",
     ]
+
+
+def test_what_a_run_could_not_test_leaves_the_other_verdicts_as_they_are():
+    own = [claim("ladder", "not tested", "a"), claim("ladder", "holds", "b"), claim("residual_error", "not tested")]
+    own += [claim("attention_error", "undecided"), claim("attention_error", "holds")]
+    found = build_readme.blocks([{"results": {"claims": own}}])
+    undecided, untested, holds, _ = found["outcomes"].splitlines()
+    assert undecided.endswith(": Attention lowers the error.")
+    assert untested.endswith(": Residual levels lower the error.")
+    assert holds.endswith(": Each step of the ablation helps.")
+    assert "| holds (1), is not tested (1) | b: error b |" in found["claims"]
 
 
 def test_verdicts_with_a_p_are_corrected_for_their_number_as_the_report_does():
     own = [claim("residual_error", "holds", p=0.04, detail=""), claim("attention_error", "holds", p=0.03, detail="")]
     found = build_readme.blocks([{"results": {"claims": own}}])
-    assert found["outcomes"].startswith("- **Open** (2 of 14)")
-    assert "is undecided (error once)" in found["claims"]
+    assert found["outcomes"].startswith("- **Undecided** (2 of 14)")
+    assert "| is undecided (1) | error once |" in found["claims"]
 
 
 def test_a_mark_that_is_missing_is_an_error():
