@@ -107,6 +107,33 @@ def training_curves(
 
 
 @styled
+def level_curves(log: Sequence[Mapping[str, Any]], name: str, scales: Sequence[int], limit: float) -> Figure:
+    """A validation metric of each residual level against the training step, coarse levels dark and fine ones light.
+
+    Args:
+        log: rows with "step" and, where the model was evaluated, `val_NAME_level_1`, ...; without any ValueError.
+        name: the metric, such as "perplexity".
+        scales: side of each level's token grid.
+        limit: the largest value there is, drawn as a line.
+    """
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    axes = figure.subplots()
+    for level, p in enumerate(scales, start=1):
+        points = [(row["step"], row[key]) for row in log if (key := f"val_{name}_level_{level}") in row]
+        if not points:
+            raise ValueError(f"expected a log with {key}, got none: log it anew by training again")
+        colour = mpl.colormaps["viridis"](0.9 * (level - 1) / max(1, len(scales) - 1))
+        axes.plot(*zip(*points, strict=True), color=colour, marker="os^D"[level % 4], ms=4, label=f"{level}: {p} x {p}")
+    axes.axhline(limit, color="#555555", linestyle="--", linewidth=1, label=f"{limit:,}")
+    axes.set(xlabel="step", ylabel=name)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    figure.legend(loc="outside right upper", title="level", fontsize=7, title_fontsize=8)
+    return figure
+
+
+@styled
 def reconstruction_grid(
     rows: Mapping[str, Any], columns: Sequence[str] = (), notes: Mapping[str, Sequence[str]] | None = None
 ) -> Figure:

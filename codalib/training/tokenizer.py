@@ -183,7 +183,8 @@ class TokenizerStage(Stage):
         metrics = ReconstructionMetrics(own.codebook_size, len(own.scales), frechet=None).to(self.device)
         place = self.rank, self.world_size
         values = evaluate(self.tokenizer, self.val, metrics, own.batch_size, own.seed, *place, own.workers)
-        return {f"val_{name}": values[name] for name in ("psnr", "quantization_error", "utilization")}
+        names = [name for name in values if name.startswith("perplexity_level_")]
+        return {f"val_{name}": values[name] for name in ("psnr", "quantization_error", "utilization", *names)}
 
 
 def train_tokenizer(

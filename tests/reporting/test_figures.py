@@ -26,6 +26,17 @@ def test_an_empty_log_is_named():
         figures.training_curves([{"step": 1}])
 
 
+def test_a_metric_is_drawn_for_each_level_where_it_was_evaluated():
+    log = [{"step": 1}, {"step": 2, "val_perplexity_level_1": 3.0, "val_perplexity_level_2": 9.0}, {"step": 3}]
+    log += [{"step": 4, "val_perplexity_level_1": 4.0, "val_perplexity_level_2": 16.0}]
+    axes = figures.level_curves(log, "perplexity", (1, 2), 64).axes[0]
+    assert [line.get_ydata().tolist() for line in axes.lines[:2]] == [[3, 4], [9, 16]]
+    assert axes.lines[0].get_xdata().tolist() == [2, 4]
+    assert [line.get_label() for line in axes.lines] == ["1: 1 x 1", "2: 2 x 2", "64"]
+    with pytest.raises(ValueError, match="expected a log with val_perplexity_level_1"):
+        figures.level_curves([{"step": 1}], "perplexity", (1,), 64)
+
+
 def test_grid_shows_the_pixels_it_was_given():
     images = torch.full((2, 3, 4, 4), -1.0)
     images[1, 0] = 3.0  # above the range: clamped

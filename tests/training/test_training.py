@@ -68,6 +68,8 @@ def test_every_named_term_is_logged(trained):
     assert rows[0]["adversarial_factor"] == 0  # the ramp starts at 0
     assert "val_psnr" in rows[-1]
     assert "val_psnr" not in rows[0]
+    perplexities = [rows[-1][f"val_perplexity_level_{i + 1}"] for i in range(len(SCALES))]
+    assert all(1 <= value <= min(32, 4 * p * p) for value, p in zip(perplexities, SCALES, strict=True))  # of 4 images
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, vae, images, tmp_path, monkeypatch):
