@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,6 +167,52 @@ def image_scores(
             features.append(distance.inception(made).float().cpu())
     columns = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     return columns, torch.cat(features) if features else None
+
+
+class Reconstructions(NamedTuple):
+    """N images of a data set, rebuilt by a tokenizer and by a continuous VAE."""
+
+    numbers: list[int]  # (N,) in the data set
+    images: Tensor  # (N, 3, h, w) in [-1, 1]
+    continuous: Tensor  # (N, 3, h, w), the VAE's
+    discrete: Tensor  # (N, 3, h, w), the tokenizer's
+    psnr: Tensor  # (2, N) dB: of the VAE, of the tokenizer
+
+    @property
+    def loss(self) -> Tensor:
+        """How much PSNR the tokenizer loses against the VAE, (N,) dB."""
+        return self.psnr[0] - self.psnr[1]
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: CodaTokenizer, vae: ContinuousVAE, batch: Mapping[str, Any], seed: int) -> Reconstructions:
+    """A batch of images ("image", "index") rebuilt by both, with the noise of `evaluate`, on the CPU."""
+    pictures, numbers = batch["image"].to(next(tokenizer.parameters()).device), batch["index"].tolist()
+    made = vae(pictures, generator=sample_generators(seed, numbers))
+    ours = tokenizer(pictures, generator=sample_generators(seed, numbers)).reconstruction
+    scores = torch.stack([finite_psnr(psnr(pictures, one), pictures) for one in (made, ours)])
+    return Reconstructions(numbers, *(one.cpu() for one in (pictures, made, ours, scores)))
+
+
+def worst_reconstructions(
+    tokenizer: CodaTokenizer, vae: ContinuousVAE, images: ImageDataset, count: int, seed: int = 0, batch_size: int = 50
+) -> tuple[Reconstructions, Reconstructions, Tensor]:
+    """The COUNT images of a tokenizer's lowest PSNR, those of its largest loss against a VAE, and (2, N) of all PSNRs.
+
+    The worst comes first; an image can be in both.
+    """
+    numbers, scores = [], []
+    for batch in evaluation_batches(images, batch_size):
+        found = reconstruct(tokenizer, vae, batch, seed)
+        numbers, scores = numbers + found.numbers, [*scores, found.psnr]
+    continuous, discrete = torch.cat(scores, dim=1)
+
+    def again(keys: Tensor) -> Reconstructions:
+        chosen = [numbers[i] for i in keys.argsort(stable=True)[:count].tolist()]
+        pictures = torch.stack([images[number]["image"] for number in chosen])
+        return reconstruct(tokenizer, vae, {"image": pictures, "index": torch.tensor(chosen)}, seed)
+
+    return again(discrete), again(discrete - continuous), torch.stack([continuous, discrete])
 
 
 @torch.no_grad()

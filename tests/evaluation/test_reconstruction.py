@@ -18,6 +18,7 @@ from codalib.evaluation.reconstruction import (
     evaluate_models,
     image_scores,
     read_reconstruction_results,
+    worst_reconstructions,
 )
 from codalib.evaluation.results import model_digest, result_file
 from codalib.models.checkpoints import check_models, find_model, load_vae, present_models
@@ -206,3 +207,16 @@ def test_image_scores_are_those_of_the_streamed_metrics():
     assert features.shape == (5, distance.inception.num_features)
     mse = scores["l2"].mean().item()
     assert 10 * np.log10(4 / mse) == pytest.approx(expected["psnr"], abs=3)
+
+
+def test_the_worst_images_are_those_of_the_lowest_psnr_and_of_the_largest_loss():
+    tokenizer, vae, images = load_tokenizer("emoji-small"), load_vae("emoji"), load_dataset("emoji", "val", 64, limit=7)
+    lowest, largest, scores = worst_reconstructions(tokenizer, vae, images, count=3, seed=1, batch_size=4)
+    ceiling = image_scores(vae, images, seed=1)[0]["psnr"]
+    ours = image_scores(tokenizer, images, seed=1)[0]["psnr"]
+    assert torch.allclose(scores, torch.stack([ceiling, ours]), atol=1e-2)
+    assert lowest.numbers == sorted(range(7), key=lambda i: ours[i].item())[:3]
+    assert largest.numbers == sorted(range(7), key=lambda i: (ours - ceiling)[i].item())[:3]
+    assert torch.equal(lowest.images[0], images[lowest.numbers[0]]["image"])
+    assert torch.allclose(lowest.psnr[1], psnr(lowest.images, lowest.discrete))
+    assert (largest.loss.diff() <= 0).all()  # the worst first
