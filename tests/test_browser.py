@@ -24,7 +24,8 @@ import pytest
 import torch
 from PIL import Image
 
-from codalib.reporting import pages
+from codalib.models.tokens import Tokens
+from codalib.reporting import codes, pages
 from codalib.reporting.figures import data_uri
 from codalib.reporting.levels import level_slider
 from codalib.reporting.tables import html_table
@@ -258,6 +259,73 @@ def test_a_page_without_scripts_shows_the_plain_picture_alone(figure, browser):
     assert page.locator("#plain").is_visible()
     assert not page.locator(".levels").is_visible()
     context.close()
+
+
+@pytest.fixture(params=[390, 1280])
+def coded(request, browser, tmp_path):
+    """A page's codebook of four codes on two levels, and the token maps of two images."""
+    counts = torch.tensor([[0, 0, 2, 0], [3, 0, 1, 4]])
+    order = counts.argsort(dim=1, descending=True, stable=True)
+    effects = [torch.full((used, 3, 8, 8), -0.5) for used in (1, 3)]
+    atlas = codes.codebook_atlas(effects, order, counts, (1, 2))
+    tokens = Tokens([torch.tensor([[[2]], [[2]]]), torch.tensor([[[0, 0], [3, 3]], [[3, 0], [2, 3]]])], 4)
+    pictures = torch.ones(2, 3, 16, 16)
+    pictures[:, :, 8:, :8] = -1  # the lower left is black
+    maps = codes.token_maps(tokens, [pictures, pictures], ["first", "second"], counts)
+    (tmp_path / "page.html").write_text(pages.page("A page", f"<figure>{atlas}</figure><figure>{maps}</figure>"))
+    page = open_page(browser, request.param)
+    page.goto((tmp_path / "page.html").as_uri())
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth") <= request.param
+    assert not page.said
+    page.close()
+
+
+def point(page, board, across, down):
+    box = board.bounding_box()
+    page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+
+
+def test_a_pages_codes_tell_their_use_by_mouse_and_keyboard(coded):
+    atlas = coded.locator(".codes").first
+    board, text = atlas.locator(".board"), atlas.locator("output")
+    assert text.inner_text().startswith(
+        "Level 1 of 2 (1 x 1 tokens an image), rank 1 of 4: code 2, 2 of the level's 2 to"
+    )
+    point(coded, board, 0.4, 0.5)
+    assert "rank 2 of 4: code 0, not used at this level" in text.inner_text()
+    atlas.get_by_label("Level").press("ArrowRight")
+    assert (
+        "Level 2 of 2 (2 x 2 tokens an image), rank 2 of 4: code 0, 3 of the level's 8 tokens (38 %)"
+        in text.inner_text()
+    )
+    assert atlas.get_by_label("Level").get_attribute("aria-valuetext") == "2 of 2"
+    board.focus()
+    board.press("ArrowRight")
+    assert "rank 3 of 4: code 2, 1 of" in text.inner_text()
+    for _ in range(5):
+        board.press("ArrowRight")  # the last one stays
+    assert "rank 4 of 4: code 1, not used" in text.inner_text()
+
+
+def test_a_pages_tokens_mark_the_patch_that_they_decode_to(coded):
+    maps = coded.locator(".codes").last
+    left, right = maps.locator(".board").all()
+    maps.get_by_label("Level").press("ArrowRight")
+    maps.get_by_label("Image").select_option("second")
+    point(coded, left, 0.2, 0.8)
+    assert "row 2, column 1: code 2, 1 of the level's 8 tokens" in maps.locator("output").inner_text()
+    mark, whole = right.locator("i").bounding_box(), right.bounding_box()
+    assert (mark["x"] - whole["x"]) / whole["width"] == pytest.approx(0, abs=0.02)
+    assert (mark["y"] - whole["y"]) / whole["height"] == pytest.approx(0.5, abs=0.02)
+    lens = np.asarray(Image.open(io.BytesIO(maps.locator(".lens").screenshot())).convert("L"))
+    assert lens[10:-10, 10:-10].max() < 10  # the black quarter, enlarged
+    point(coded, right, 0.8, 0.2)  # the picture can be pointed at as well
+    assert "row 1, column 2: code 0" in maps.locator("output").inner_text()
+    lens = np.asarray(Image.open(io.BytesIO(maps.locator(".lens").screenshot())).convert("L"))
+    assert lens[10:-10, 10:-10].min() > 245
+    right.press("ArrowDown")
+    assert "row 2, column 2: code 3" in maps.locator("output").inner_text()
 
 
 def test_a_pages_table_filters_and_sorts_by_keyboard(browser, tmp_path):

@@ -3,6 +3,7 @@
 `reporting.widgets` shows what these functions return; they know nothing of widgets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,36 @@ def code_counts(tokenizer: CodaTokenizer, images: ImageDataset, batch_size: int 
         own = torch.zeros(len(codes), counts.shape[1], dtype=torch.int32)
         counts[batch["index"]] = own.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.int32))
     return counts
+
+
+@torch.no_grad()
+def code_effects(tokenizer: CodaTokenizer, mean: Tensor, codes: Sequence[Tensor], batch_size: int = 64) -> list[Tensor]:
+    """What codes change in an image at each level, one (n, 3, w, w) of differences in [-2, 2] a level.
+
+    The image is decoded from latents that are MEAN at each position, once with a code at the level's middle position
+    (bicubically upsampled, as ever) and once without. Cut out is the window of three cells around it, at most all.
+
+    Args:
+        mean: (C,), such as the mean of a data set's latents.
+        codes: (n,) int64 a level.
+    """
+    quantizer, vae, side = tokenizer.quantizer, tokenizer.vae, tokenizer.resolution
+    values = quantizer.code_values
+    base = mean.to(values.device)[None, :, None, None].expand(-1, -1, *2 * quantizer.scales[-1:])
+    plain, known, effects = vae.decode(base).clamp(-1, 1), {}, []
+    for p, own in zip(quantizer.scales, codes, strict=True):
+        width = min(side, round(3 * side / p))
+        start = max(0, min(side - width, round((p // 2 + 0.5) * side / p - width / 2)))
+        window = (..., slice(start, start + width), slice(start, start + width))
+        new = [code for code in own.tolist() if (p, code) not in known]
+        for part in (new[first : first + batch_size] for first in range(0, len(new), batch_size)):
+            grid = values.new_zeros(len(part), p, p, quantizer.latent_channels)
+            grid[:, p // 2, p // 2] = values[part]
+            added = quantizer.upsample(grid.flatten(0, 2), p)
+            found = (vae.decode(base + added).clamp(-1, 1) - plain)[window].cpu()
+            known |= {(p, code): picture for code, picture in zip(part, found, strict=True)}
+        effects.append(torch.stack([known[p, code] for code in own.tolist()]))
+    return effects
 
 
 def images_of_code(counts: Tensor, code: int, most: int = 6) -> list[tuple[int, int]]:

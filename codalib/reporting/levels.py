@@ -43,12 +43,12 @@ def level_slider(images: Tensor, series: Mapping[str, Sequence[Tensor]], scales:
                 note.append(f"{k} of {len(scales)} levels, {sum(p * p for p in scales[:k]):,} tokens an image")
             if name != "image":
                 note.append(f"{finite_psnr(psnr(images, batch), images).mean():.1f} dB")
-            shown.append({"series": name, "alt": ", ".join(note), "picture": _sheet(batch)})
-    sources = _sources([one.pop("picture") for one in shown])
+            shown.append({"series": name, "alt": ", ".join(note), "picture": sheet(batch, min(COLUMNS, len(batch)))})
+    addresses = sources([one.pop("picture") for one in shown])
     columns = min(COLUMNS, len(images))
     return fill(
         "levels.html.j2",
-        pictures=[one | {"source": source} for one, source in zip(shown, sources, strict=True)],
+        pictures=[one | {"source": source} for one, source in zip(shown, addresses, strict=True)],
         series=["image", *series],
         levels=len(scales),
         columns=columns,
@@ -57,10 +57,10 @@ def level_slider(images: Tensor, series: Mapping[str, Sequence[Tensor]], scales:
     )
 
 
-def _sheet(images: Tensor) -> Image.Image:
-    """Images (N, 3, h, w) as one picture of equal cells, a white margin around each."""
-    columns, (height, width) = min(COLUMNS, len(images)), images.shape[-2:]
-    margin = math.ceil(MARGIN * width)
+def sheet(images: Tensor, columns: int, margin: int | None = None) -> Image.Image:
+    """Images (N, 3, h, w) as one picture of equal cells, a white MARGIN of so many pixels around each."""
+    height, width = images.shape[-2:]
+    margin = math.ceil(MARGIN * width) if margin is None else margin
     cell = (height + 2 * margin, width + 2 * margin)
     sheet = np.full((cell[0] * math.ceil(len(images) / columns), cell[1] * columns, 3), 255, np.uint8)
     for place, image in enumerate(images):
@@ -69,8 +69,8 @@ def _sheet(images: Tensor) -> Image.Image:
     return Image.fromarray(sheet)
 
 
-def _sources(pictures: Sequence[Image.Image]) -> list[str]:
-    """Pictures of one size as data addresses of at most `BUDGET` characters together, each encoded alike."""
+def sources(pictures: Sequence[Image.Image]) -> list[str]:
+    """Pictures as data addresses of at most `BUDGET` characters together, each encoded alike."""
     for shrink in (1, 2, 4, 8):
         small = [one.resize((one.width // shrink, one.height // shrink)) if shrink > 1 else one for one in pictures]
         for quality in (None, *QUALITIES):

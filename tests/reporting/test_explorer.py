@@ -13,8 +13,10 @@ from codalib.datasets.images import DataError, load_dataset
 from codalib.models.editing import keep_outside, with_token
 from codalib.models.maskgit import MaskGIT
 from codalib.models.tokenizer import CodaTokenizer
+from codalib.models.tokens import Tokens
 from codalib.reporting.explorer import (
     code_counts,
+    code_effects,
     explain,
     images_of_code,
     read_image,
@@ -219,3 +221,21 @@ def test_inpainting_keeps_what_lies_outside_the_box(tokenizer, model, images):
         assert (drawn >= 0).all()
     assert len(set(np.stack([level[:, -1, -1] for level in explorer.drawn[3:]], 1).ravel().tolist())) > 1
     assert "filled" in explorer.still()
+
+
+def test_a_code_changes_the_window_around_the_middle_of_its_level(tokenizer):
+    quantizer, mean = tokenizer.quantizer, torch.full((16,), 0.1)
+    codes = [torch.tensor([3, 5]), torch.tensor([5]), torch.tensor([5]), torch.tensor([3, 5]), torch.tensor([5, 3])]
+    effects = code_effects(tokenizer, mean, codes, batch_size=1)
+    assert [tuple(level.shape) for level in effects] == [
+        (len(own), 3, w, w) for own, w in zip(codes, (64, 64, 48, 24, 24), strict=True)
+    ]
+    assert torch.equal(effects[3], effects[4].flip(0))  # two levels of one grid
+    alone = Tokens((torch.full((1, p, p), -1) for p in quantizer.scales), 1024)
+    alone[2][0, 2, 2] = 5
+    base = mean[None, :, None, None].expand(-1, -1, 8, 8)
+    added = quantizer.decode(alone, partial=True)
+    expected = (tokenizer.vae.decode(base + added).clamp(-1, 1) - tokenizer.vae.decode(base).clamp(-1, 1)).detach()
+    assert torch.allclose(effects[2][0], expected[0, :, 16:64, 16:64], atol=1e-5)  # the middle cell is at 32 to 48
+    outside = expected[0].abs().sum() - effects[2][0].abs().sum()
+    assert effects[2][0].abs().mean() > outside / (3 * (64**2 - 48**2))

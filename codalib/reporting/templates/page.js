@@ -92,3 +92,58 @@ for (const figure of document.querySelectorAll(".levels")) {
   figure.hidden = false;
   draw();
 }
+
+// Cells that can be pointed at (codes.html.j2): all boards mark one cell, the lens enlarges the last board's.
+for (const figure of document.querySelectorAll(".codes")) {
+  const [views, scales] = [figure.dataset.views, figure.dataset.scales].map(JSON.parse);
+  const [level, image] = ["level", "image"].map((name) => figure.querySelector(`[name=${name}]`));
+  const [boards, lens] = [Array.from(figure.querySelectorAll(".board")), figure.querySelector(".lens")];
+  let at = [0, 0]; // the place pointed at, from the top and the left, as fractions
+  const draw = () => {
+    const view = views.find((one) => one.level === Number(level.value) && one.image === Number(image ? image.value : 0));
+    const { codes, columns, rows, uses, total } = view;
+    let [row, column] = [rows, columns].map((count, axis) => Math.max(0, Math.min(count - 1, Math.floor(at[axis] * count))));
+    const cell = Math.min(codes.length - 1, row * columns + column);
+    [row, column] = [Math.floor(cell / columns), cell % columns];
+    at = [(row + 0.5) / rows, (column + 0.5) / columns];
+    boards.forEach((board, i) => {
+      const [picture, mark] = board.children;
+      if (picture.src !== view.pictures[i]) picture.src = view.pictures[i];
+      board.style.aspectRatio = boards.length > 1 ? "1" : `${columns} / ${rows}`;
+      Object.assign(mark.style, {
+        top: `${100 * row / rows}%`, left: `${100 * column / columns}%`, height: `${100 / rows}%`, width: `${100 / columns}%`,
+      });
+    });
+    Object.assign(lens.style, {
+      backgroundImage: `url(${view.pictures.at(-1)})`, backgroundSize: `${100 * columns}% ${100 * rows}%`,
+      backgroundPosition: `${100 * column / Math.max(1, columns - 1)}% ${100 * row / Math.max(1, rows - 1)}%`,
+    });
+    const p = scales[level.value - 1];
+    const where = boards.length > 1 ? `row ${row + 1}, column ${column + 1}` : `rank ${cell + 1} of ${codes.length}`;
+    const use = !uses ? "" : uses[cell] === 0 ? ", not used at this level"
+      : `, ${uses[cell].toLocaleString("en")} of the level's ${total.toLocaleString("en")} tokens (${(100 * uses[cell] / total).toPrecision(2)} %)`;
+    level.setAttribute("aria-valuetext", `${level.value} of ${level.max}`);
+    figure.querySelector("output").textContent =
+      `Level ${level.value} of ${level.max} (${p} x ${p} tokens an image), ${where}: code ${codes[cell]}${use}.${view.note ? ` Drawn with ${view.note}.` : ""}`;
+    return [rows, columns];
+  };
+  for (const board of boards) {
+    const point = (event) => {
+      const box = board.getBoundingClientRect();
+      at = [(event.clientY - box.top) / box.height, (event.clientX - box.left) / box.width];
+      draw();
+    };
+    board.addEventListener("pointermove", point);
+    board.addEventListener("pointerdown", point);
+    board.addEventListener("keydown", (event) => {
+      const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+      if (!move) return;
+      event.preventDefault();
+      at = draw().map((count, axis) => at[axis] + move[axis] / count);
+      draw();
+    });
+  }
+  figure.addEventListener("input", draw);
+  figure.hidden = false;
+  draw();
+}
