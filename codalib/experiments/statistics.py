@@ -12,6 +12,7 @@ HOLDS, FAILS, UNDECIDED, NOT_TESTED = "holds", "does not hold", "undecided", "no
 SIGNIFICANCE = 0.05  # of two-sided tests
 SEEDS_FOR_A_TEST = 3
 DRAWS = 100_000  # of the bootstrap
+GROUP_DRAWS = 10_000  # of that of groups alone
 SPREAD_SUFFIX = "_std"
 
 
@@ -47,6 +48,18 @@ def group_means(values: ArrayLike, groups: Sequence[Any]) -> np.ndarray:
     if len(which) != table.shape[1]:
         raise ValueError(f"expected the group of each of {table.shape[1]} images, got {len(which)}")
     return np.stack([table[:, which == i].mean(axis=1) for i in range(len(names))], axis=1)
+
+
+def group_interval(values: ArrayLike, groups: Sequence[Any], seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean of images' values (images,), whole groups of images resampled (bootstrap).
+
+    It allows for other images of the same kind, not for another training.
+    """
+    _, which = np.unique(np.asarray(groups), return_inverse=True)
+    sums, sizes = np.bincount(which, np.asarray(values, dtype=float)), np.bincount(which)
+    counts = np.random.default_rng(seed).multinomial(len(sums), [1 / len(sums)] * len(sums), GROUP_DRAWS)
+    low, high = np.quantile(counts @ sums / (counts @ sizes), [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
+    return float(low), float(high)
 
 
 def p_value(means: np.ndarray, value: float) -> float:

@@ -10,6 +10,7 @@ from codalib.experiments.statistics import (
     claim_verdict,
     corrected,
     decide,
+    group_interval,
     group_means,
     holm,
     over_seeds,
@@ -173,6 +174,19 @@ def test_group_means_are_each_groups_own():
     assert means.tolist() == [[2.0, 10 / 3], [0.0, 4 / 3]]
     with pytest.raises(ValueError, match="each of 4 images, got 3"):
         group_means([1.0, 2.0, 3.0, 4.0], ["a", "b", "b"])
+
+
+def test_the_interval_of_a_mean_takes_groups_as_wholes():
+    values = np.repeat([0.0, 1.0], 50)  # two groups of 50 equal images are two observations, not a hundred
+    assert group_interval(values, ["a"] * 50 + ["b"] * 50) == (0.0, 1.0)
+    rng = np.random.default_rng(1)
+    alone = rng.random(400)
+    low, high = group_interval(alone, range(400))
+    error = 1.96 * alone.std() / 20
+    assert (low, high) == (pytest.approx(alone.mean() - error, abs=3e-3), pytest.approx(alone.mean() + error, abs=3e-3))
+    assert group_interval([0.25] * 3, ["a", "b", "b"]) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="length"):
+        group_interval([1.0, 2.0], ["a"])
 
 
 def test_rows_that_agree_become_their_means_and_spreads():
