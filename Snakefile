@@ -45,6 +45,7 @@ ORDER = [
     "table4_ablations",
     "table5_text_to_image",
     "fig7_samples",
+    "fig8_codebook",
 ]
 # Stage -> the stages whose folders its values name. An unknown profile stops here, with the known ones named.
 STAGES = profile_stages(PROFILE, ORDER)

@@ -13,6 +13,8 @@ COLUMNS = {
     "quantization_error": ("Quantization error", -1),
     "rfid": ("rFID", -1),
     "psnr": ("PSNR (dB)", +1),
+    "psnr_continuous": ("PSNR of the VAE (dB)", +1),
+    "psnr_loss": ("PSNR lost (dB)", -1),
     "ssim": ("SSIM", +1),
     "utilization": ("Utilization", +1),
     "fid": ("FID", -1),
