@@ -292,7 +292,7 @@ def test_a_pages_codes_tell_their_use_by_mouse_and_keyboard(coded):
     assert text.inner_text().startswith(
         "Level 1 of 2 (1 x 1 tokens an image), rank 1 of 4: code 2, 2 of the level's 2 to"
     )
-    point(coded, board, 0.4, 0.5)
+    point(coded, board, 0.5, 0.25)  # of three columns and two rows
     assert "rank 2 of 4: code 0, not used at this level" in text.inner_text()
     atlas.get_by_label("Level").press("ArrowRight")
     assert (
@@ -303,8 +303,8 @@ def test_a_pages_codes_tell_their_use_by_mouse_and_keyboard(coded):
     board.focus()
     board.press("ArrowRight")
     assert "rank 3 of 4: code 2, 1 of" in text.inner_text()
-    for _ in range(5):
-        board.press("ArrowRight")  # the last one stays
+    for key in ("ArrowRight", "ArrowDown"):  # stays at the row's end; below is no code, the last one is nearest
+        board.press(key)
     assert "rank 4 of 4: code 1, not used" in text.inner_text()
 
 
