@@ -308,8 +308,13 @@ def test_precision_and_recall():
     precision, recall = metrics.precision_recall(cloud, narrow)
     assert precision > 0.9
     assert recall < 0.2
+    point = torch.ones(5, 2)  # at no distance, which is that of its nearest
+    assert metrics.precision_recall(point, point) == (1, 1)
     with pytest.raises(ValueError, match="more than neighbours"):
         metrics.precision_recall(cloud[:3], other)
+    with pytest.raises(ValueError, match="more than neighbours"):
+        metrics.precision_recall(cloud, other[:3])
+    assert metrics.precision_recall(cloud[:4], cloud[:4]) == (1, 1)
 
 
 def test_coverage_is_the_share_of_references_with_a_sample_close_by():
@@ -352,6 +357,19 @@ def test_precision_is_of_the_samples_and_recall_of_the_references():
     line = torch.arange(8.0)[:, None]  # each within 1 of its nearest other
     samples = torch.tensor([[0.0], [0.1], [50.0], [50.1]])  # each within 0.1 of its nearest other
     assert metrics.precision_recall(line, samples, neighbours=1) == (2 / 4, 1 / 8)
+
+
+@pytest.mark.parametrize("name", ["fid", "rfid", "fd_effnet@64", None])
+def test_the_column_of_a_frechet_distance_is_known_by_its_name(name):
+    row = {"method": "ours", "psnr": 1.0, "kid": 2.0} | ({name: 3.0, "ssim": 4.0} if name else {})
+    assert metrics.frechet_column(row) == name
+
+
+def test_pixels_beyond_the_range_count_as_its_ends():
+    black, white = (torch.full((1, 3, 16, 16), value) for value in (-1.0, 1.0))
+    for measure in (metrics.psnr, metrics.ssim):
+        assert torch.equal(measure(black, 3 * white), measure(black, white))
+        assert torch.equal(measure(white, 3 * black), measure(white, black))
 
 
 def test_kernel_distance_is_the_unbiased_mean_over_all_pairs():

@@ -97,6 +97,14 @@ def test_masks_follow_their_ratio_and_lie_anywhere(ratio, mean):
         assert spread == pytest.approx((12 * 3 / (15**2 * 16)) ** 0.5, rel=0.05)
 
 
+@pytest.mark.parametrize("ratio", ["cosine", "beta"])
+def test_one_token_at_least_is_masked_whatever_is_drawn(ratio, monkeypatch):
+    monkeypatch.setattr(
+        torch, "rand", lambda *shape, generator=None: torch.full(shape, 1.0 if ratio == "cosine" else 0.0)
+    )
+    assert sample_mask(3, SCALES, ratio).sum(dim=1).tolist() == [1, 1, 1]
+
+
 def test_masks_that_follow_levels_show_coarse_tokens_first():
     levels = token_levels(SCALES)
     mask = sample_mask(500, SCALES, coarse_first=1.0, generator=torch.Generator().manual_seed(0))

@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from codalib.models.adapters import add_adapters
+from codalib.models.baselines import fresh_copy
 from codalib.models.checkpoints import load_adapters, load_vae, save_adapters
 from codalib.models.checkpoints.ours import plain_copy
 from codalib.models.loss_weights import adaptive_weight_layer
@@ -41,6 +42,18 @@ def test_the_embedded_vae_reconstructs_and_is_normalised(vae):
     assert latents.shape == (32, 16, 8, 8)
     assert 0.8 < latents.std() < 1.25
     assert psnr(batch, vae.decode(latents)).mean() > 25
+
+
+def test_a_fresh_copy_has_new_weights_everywhere_and_no_noise(vae, images):
+    before = {name: value.clone() for name, value in vae.named_parameters()}
+    fresh = fresh_copy(vae)
+    new = dict(fresh.named_parameters())
+    assert new.keys() == before.keys()
+    assert not any(torch.equal(value, before[name]) for name, value in new.items() if value.ndim > 1)
+    assert all(torch.equal(value, before[name]) for name, value in vae.named_parameters())
+    assert all(value.requires_grad for value in new.values())
+    assert (fresh.scale, fresh.shift) == (1, 0)
+    torch.testing.assert_close(fresh.encode(images), fresh.encode(images, sample=False), atol=1e-4, rtol=0)
 
 
 def test_sampling_is_seeded_and_the_mean_is_not_random(vae, images):

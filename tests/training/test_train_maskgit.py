@@ -19,6 +19,7 @@ from codalib.models.masks import sample_mask
 from codalib.models.sampling import generate
 from codalib.models.tokens import join_levels
 from codalib.training.maskgit import (
+    MaskGITStage,
     condition_from,
     encode_splits,
     find_start,
@@ -195,6 +196,25 @@ def test_going_on_from_other_weights(trained, caches, tmp_path):
     others = [random_cache(tmp_path / name, tokenizer="def") for name in ("train", "val")]
     with pytest.raises(ValueError, match="of the tokenizer abc, the cache's of def"):
         train_maskgit(still, *others, tmp_path, start=trained[0])
+
+
+def test_other_inputs_are_another_run(trained, caches, tmp_path):
+    text = dataclasses.replace(SMALL, condition="text")
+    other, encoder = random_cache(tmp_path / "other", seed=2), LetterText()
+    renamed = LetterText()
+    renamed.name = "other letters"
+    moved = SMALL.build_model(caches[0], None)
+    moved.info = trained[0].info
+
+    def run(settings, train, val, encoder=None, start=None):
+        return MaskGITStage(settings, train, val, tmp_path, encoder, start).trainer.checkpoints
+
+    plain = run(SMALL, *caches)
+    assert run(SMALL, *caches) == plain
+    others = [run(SMALL, other, caches[1]), run(SMALL, caches[0], other)]
+    others += [run(SMALL, *caches, start=start) for start in (trained[0], moved)]
+    others += [run(text, *caches, own) for own in (encoder, renamed)]
+    assert len({plain, *others}) == 7
 
 
 def test_captions_can_follow_classes(trained, caches, tmp_path):

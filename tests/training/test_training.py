@@ -20,7 +20,7 @@ from codalib.models.checks import NonFiniteLoss
 from codalib.models.loss_weights import LossWeights, adaptive_weight
 from codalib.models.losses import generator_hinge, reconstruction_terms, weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
-from codalib.training.quantizer import fit_quantizer, outline
+from codalib.training.quantizer import QuantizerStage, fit_quantizer, outline
 from codalib.training.settings import (
     SCRATCH,
     FitSettings,
@@ -31,7 +31,7 @@ from codalib.training.settings import (
 )
 from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer
 from codalib.training.trainer import RampedEMA, Stage, TimeLimit, Trainer, checksum, learning_rate_factor, read_log
-from codalib.training.vae import build_autoencoder, latent_std, pretrain_vae
+from codalib.training.vae import VaeStage, build_autoencoder, latent_std, pretrain_vae
 
 SCALES = (1, 2, 4, 8)
 SMALL = TokenizerSettings(
@@ -422,6 +422,32 @@ def test_the_last_bits_of_latents_do_not_make_another_run(stopped):
     assert outline(latents) != outline(latents.flip(0))
 
 
+def test_other_inputs_are_another_run(vae, images, tmp_path):
+    """A stage goes on from the checkpoints of its own inputs alone, each of which decides the result."""
+    latents, small = torch.randn(4, 16, 8, 8), {"steps": 1, "batch_size": 1}
+    pretrain, quantizer = PretrainSettings(**small, widths=(8, 8, 8, 8)), QuantizerSettings(**small, codebook_size=32)
+    torch.manual_seed(0)
+    trained, other = (SMALL.build_quantizer(16) for _ in range(2))
+    fewer, moved = images[0].subset([0, 1]), load_vae("emoji")
+    next(moved.parameters()).data += 1
+    stages = {
+        "VAE": (VaeStage, pretrain, [*images, None], {0: fewer, 2: vae}),
+        "VAE that goes on": (VaeStage, pretrain, [*images, vae], {2: moved}),
+        "quantizer": (QuantizerStage, quantizer, [latents, None, ()], {0: 2 * latents, 2: (1,)}),
+        "tokenizer": (TokenizerStage, SMALL, [vae, *images, None], {0: moved, 1: fewer, 3: trained}),
+        "tokenizer that goes on": (TokenizerStage, SMALL, [vae, *images, trained], {3: other}),
+    }
+    for name, (stage, settings, inputs, changes) in stages.items():
+        cases = [inputs, inputs, *([*inputs[:at], new, *inputs[at + 1 :]] for at, new in changes.items())]
+        if stage is QuantizerStage:
+            made = [stage(settings, first, tmp_path, *rest) for first, *rest in cases]
+        else:
+            made = [stage(settings, *first, tmp_path, last) for *first, last in cases]
+        first, again, *others = [one.trainer.checkpoints for one in made]
+        assert first == again, name
+        assert len({first, *others}) == 1 + len(others), name
+
+
 def test_a_log_is_never_emptied(stopped, caplog):
     folder, whole = stopped
     fit(folder, learning_rate=0.1)  # other settings: the old log is moved, and said so
@@ -538,8 +564,10 @@ def test_a_promise_of_minutes_is_watched(caplog):
     assert limit.ends(61.0, 31, 60)
     assert len(caplog.messages) == 1  # said once
     assert not TimeLimit(1.0, "steps").ends(61.0, 31, 60)
-    with pytest.raises(ValueError, match="to keep 'minutes' or 'steps'"):
-        TimeLimit(1.0, "both")
+    assert TimeLimit(0.5).ends(31.0, 20, 60)
+    for wrong in ((1.0, "both"), (0.0, "minutes"), (-1.0, "steps")):
+        with pytest.raises(ValueError, match="expected minutes above 0, and to keep 'minutes' or 'steps'"):
+            TimeLimit(*wrong)
 
 
 def test_what_ends_early_goes_on_from_there(vae, images, tmp_path):
