@@ -12,13 +12,13 @@ PIXEL = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 
 
 def requests_of(page):
-    """Addresses that a browser would load by itself."""
+    """Addresses that a browser would load by itself; what a script puts together at run time is the browser tests'."""
     soup = BeautifulSoup(page, "html.parser")
     loaded = [
         tag.get("src") or tag.get("href") for tag in soup.select("script[src], link[href], img[src], iframe[src]")
     ]
     return [address for address in loaded if not address.startswith("data:")] + re.findall(
-        r"url\((?!data:)[^)]*\)", page
+        r"url\((?!data:|\$\{)[^)]*\)", page
     )
 
 
