@@ -433,16 +433,13 @@ def test_other_inputs_are_another_run(vae, images, tmp_path):
     stages = {
         "VAE": (VaeStage, pretrain, [*images, None], {0: fewer, 2: vae}),
         "VAE that goes on": (VaeStage, pretrain, [*images, vae], {2: moved}),
-        "quantizer": (QuantizerStage, quantizer, [latents, None, ()], {0: 2 * latents, 2: (1,)}),
+        "quantizer": (QuantizerStage, quantizer, [latents, ()], {0: 2 * latents, 1: (0,)}),
         "tokenizer": (TokenizerStage, SMALL, [vae, *images, None], {0: moved, 1: fewer, 3: trained}),
         "tokenizer that goes on": (TokenizerStage, SMALL, [vae, *images, trained], {3: other}),
     }
     for name, (stage, settings, inputs, changes) in stages.items():
         cases = [inputs, inputs, *([*inputs[:at], new, *inputs[at + 1 :]] for at, new in changes.items())]
-        if stage is QuantizerStage:
-            made = [stage(settings, first, tmp_path, *rest) for first, *rest in cases]
-        else:
-            made = [stage(settings, *first, tmp_path, last) for *first, last in cases]
+        made = [stage(settings, *first, tmp_path, last) for *first, last in cases]
         first, again, *others = [one.trainer.checkpoints for one in made]
         assert first == again, name
         assert len({first, *others}) == 1 + len(others), name
