@@ -263,6 +263,15 @@ def test_half_precision_inputs_have_float32_statistics_also_under_autocast():
     assert torch.equal(out.entropy, plain.entropy)
 
 
+def test_what_is_to_be_compiled_compiles_where_anything_does():
+    """Else the tests of the backend would hold the tiled work, which takes its place with a warning."""
+    try:
+        torch.compile(torch.add, fullgraph=True)(torch.ones(2), torch.ones(2))
+    except Exception as error:  # of any kind, where a toolchain is missing
+        pytest.skip(f"torch.compile does not work here: {error}")
+    assert assign._compiled_math("cpu") is not assign._EAGER
+
+
 def test_without_a_compiler_one_warning_and_the_tiled_values(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no compiler found\nlong story")
