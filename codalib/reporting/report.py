@@ -235,6 +235,11 @@ def _figures(stage: Stage, folder: Path) -> list[dict[str, Any]]:
         for kind, name in files.items():
             with atomic_write(folder / "figures" / name, "wb") as file:
                 file.write(own[kind].read_bytes())
+        if "png" not in own:
+            missing = stage.file("figures", result["png"])
+            raise ValueError(
+                f"expected the figure {missing}, which the report holds no longer: restore it, or run {stage.name}"
+            )
         with Image.open(own["png"]) as picture:
             entry = {"caption": result["caption"], "alt": result["alt"], "files": files, "source": figure_uri(picture)}
         if "html" in own:
