@@ -21,6 +21,7 @@ from codalib.pretrained.registry import find_weights
 
 log = logging.getLogger(__name__)
 
+PROTOCOL = 2  # part of every name: raised where results come to hold other numbers (2: bits per pixel)
 EXECUTION = ("batch_size", "workers")  # settings that change no number
 
 
@@ -53,7 +54,9 @@ def result_file(
         inputs: what else decides the numbers, as JSON can write it.
     """
     values = {name: value for name, value in asdict(settings).items() if name not in EXECUTION}
-    key = digest(label, values, [images.content_digest for images in data], list(map(model_digest, models)), inputs)
+    key = digest(
+        PROTOCOL, label, values, [images.content_digest for images in data], list(map(model_digest, models)), inputs
+    )
     words = re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-") or "result"
     return folder / f"{words}-{key}.json"
 

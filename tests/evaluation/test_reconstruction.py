@@ -126,6 +126,12 @@ def test_models_named_alike_have_results_of_their_own(tmp_path):
     assert len({result_file(tmp_path, name, SETTINGS, [], ["emoji"]) for name in names}) == len(names)
 
 
+def test_results_of_an_earlier_protocol_are_not_taken(tmp_path, monkeypatch):
+    now = result_file(tmp_path, "mine", SETTINGS, [], ["emoji"])
+    monkeypatch.setattr("codalib.evaluation.results.PROTOCOL", 1)
+    assert result_file(tmp_path, "mine", SETTINGS, [], ["emoji"]) != now
+
+
 def test_every_odd_picture_of_a_thousand_classes_is_measured(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(1000):
