@@ -1,8 +1,10 @@
-"""Write what README.md says of the paper's claims from the committed report: `python docs/build_readme.py`.
+"""Write what README.md and docs/results.md say from the committed report: `python docs/build_readme.py`.
 
-The report's own verdicts, what does not hold first; `make readme` after a new report, tests/test_readme.py holds it.
+The report's own verdicts, what does not hold first, and Table 1; `make readme` after a new report, tests/test_readme.py
+holds it.
 """
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,16 @@ from codalib.experiments.statistics import FAILS, HOLDS, NOT_TESTED, UNDECIDED, 
 from codalib.reporting.report import VERDICTS
 
 ROOT = Path(__file__).parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 REPORT = ROOT / "reports" / "emoji-long" / "manifest.json"
+TABLE_1 = REPORT.parent / "tables" / "table1_ablation-table1.csv"
+COLUMNS = {  # of Table 1 -> heading and decimals
+    "quantization_error": ("quantization error", 4),
+    "fd_effnet": ("fd_effnet", 1),
+    "psnr": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 3),
+    "utilization": ("codes used", 3),
+}
 ORDER = (FAILS, HOLDS, UNDECIDED, NOT_TESTED)
 HEAD = "| claim | verdicts, and in how many settings | measured, for the first |\n|---|---|---|"
 OUTCOMES = {  # of a claim over all its settings, in this order -> whether it is that, from the verdicts
@@ -58,6 +69,28 @@ def _line(title: str, claims: Sequence[Mapping[str, Any]]) -> str:
     return f"| {title} | {', '.join(verdicts)} | {measured.replace('->', '→')} |"
 
 
+def table_1(rows: Sequence[Mapping[str, str]]) -> str:
+    """Table 1 in Markdown: mean ± standard deviation over the seeds, the paper's number in brackets."""
+
+    def cell(row: Mapping[str, str], name: str, decimals: int) -> str:
+        own, spread, paper = (row.get(key) for key in (name, f"{name}_std", f"paper_{name}"))
+        text = f"{float(own):.{decimals}f}" if own else ""
+        text += f" ± {float(spread):.{decimals}f}" if own and spread else ""
+        return text + (f" ({float(paper):g})" if paper else "")
+
+    heads = ["", *(heading for heading, _ in COLUMNS.values())]
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[row["method"], *(cell(row, name, digits) for name, (_, digits) in COLUMNS.items())] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def written(readme: str, results: str) -> tuple[str, str]:
+    """Both texts as the committed report has them."""
+    with TABLE_1.open(encoding="utf-8", newline="") as file:
+        table = table_1(list(csv.DictReader(file)))
+    return fill(readme, blocks(read_json(REPORT))), fill(results, {"table 1": table})
+
+
 def fill(text: str, found: Mapping[str, str]) -> str:
     """TEXT with the blocks between its marks replaced; ValueError where a mark is missing."""
     for name, block in found.items():
@@ -69,7 +102,7 @@ def fill(text: str, found: Mapping[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(encoding="utf-8"), blocks(read_json(REPORT)))
-    with atomic_write(readme) as file:
-        file.write(text)
+    pages = README, RESULTS
+    for page, text in zip(pages, written(*(page.read_text(encoding="utf-8") for page in pages)), strict=True):
+        with atomic_write(page) as file:
+            file.write(text)

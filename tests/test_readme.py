@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from codalib.base.files import read_json
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,8 +38,21 @@ def claim(name, verdict, setting="", **rest):
     return {"id": name, "verdict": verdict, "setting": setting, "effect": f"error {setting or 'once'}", **rest}
 
 
-def test_what_it_says_of_the_claims_is_what_make_readme_writes():
-    assert build_readme.fill(README, build_readme.blocks(read_json(build_readme.REPORT))) == README
+def test_what_they_say_of_the_report_is_what_make_readme_writes():
+    texts = README, build_readme.RESULTS.read_text()
+    assert build_readme.written(*texts) == texts
+
+
+def test_table_1_has_means_spreads_and_the_papers_numbers():
+    row = {
+        "method": "VQ",
+        "psnr": "19.181",
+        "psnr_std": "0.0071",
+        "paper_psnr": "18.9",
+        "ssim": "0.5",
+        "utilization": "",
+    }
+    assert build_readme.table_1([row]).splitlines()[2] == "| VQ |  |  | 19.18 ± 0.01 (18.9) | 0.500 |  |"
 
 
 def test_what_does_not_hold_comes_first_with_what_was_measured():
