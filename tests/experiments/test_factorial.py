@@ -171,3 +171,20 @@ def test_the_papers_setting_has_verdicts_of_its_own():
         "one grid, frozen VAE, each at its best": "does not hold",
         "one grid, frozen VAE, the paper's setting": "holds",
     }
+
+
+def test_at_the_papers_setting_both_are_compared_from_random_codes_too():
+    errors = {"nearest, data start": 0.2, "nearest, random start": 0.5, "attention, random start": 0.3}
+    errors["attention, data start"] = 0.1  # no part of that comparison
+    used = {"nearest, random start": 0.5}
+    rows = [
+        result("one grid", method, seed, error, setting="paper", used=used.get(method, 1.0))
+        for seed in range(3)
+        for method, error in errors.items()
+    ]
+    setting = "one grid, frozen VAE, the paper's setting, both from random codes"
+    claims = factorial_claims(rows, {"one grid": [8]}, list("abcd"))
+    found = {claim["id"]: claim for claim in claims if claim["setting"] == setting}
+    assert found["attention_error"]["effect"] == "relative_error 0.5 -> 0.3 (attention, random start)"
+    assert found["attention_error"]["verdict"] == found["attention_utilization"]["verdict"] == "holds"
+    assert factorial_claims([row for row in rows if "random" in row["method"]], {"one grid": [8]}, list("abcd"))
