@@ -267,7 +267,8 @@ def sweep_lines(
         axes.set_title(f"{name}\n{DIRECTIONS[direction]}", fontsize=8)
         axes.set(xlabel=x.replace("_", " "))
         if all(isinstance(row[x], int) for row in rows):
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            bins = 6 if max(row[x] for row in rows) < 100 else 4  # longer numbers would run into each other
+            axes.xaxis.set_major_locator(MaxNLocator(bins, integer=True))
     handles, labels = axes.get_legend_handles_labels()
     wide = 0.5 + 0.05 * max(map(len, labels))  # inches of the longest entry: a mark, and letters of 7 points
     ncols = max(1, min(3, len(labels), int(figure.get_figwidth() / wide)))
