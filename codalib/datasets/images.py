@@ -108,6 +108,11 @@ class ImageDataset(Dataset):
             digest.update(repr(row).encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def inputs(self) -> list:
+        """All that decides what a training sees of the images: their content, and how they are cut."""
+        return [self.content_digest, self.resolution, self.random_crop]
+
     def check_enough_images(self, processes: int) -> None:
         """Raise DataError where a process would have no image."""
         if len(self) < processes:

@@ -428,17 +428,28 @@ def test_other_inputs_are_another_run(vae, images, tmp_path):
     pretrain, quantizer = PretrainSettings(**small, widths=(8, 8, 8, 8)), QuantizerSettings(**small, codebook_size=32)
     torch.manual_seed(0)
     trained, other = (SMALL.build_quantizer(16) for _ in range(2))
-    fewer, moved = images[0].subset([0, 1]), load_vae("emoji")
+    moved, scaled, shifted = load_vae("emoji"), load_vae("emoji", scale=2.0), load_vae("emoji", shift=0.5)
     next(moved.parameters()).data += 1
+    other_images = [
+        [(at, images[at].subset([0, 1])), (at, load_dataset("emoji", split, 32, limit=limit))]
+        for at, (split, limit) in enumerate((("train", 8), ("val", 4)))
+    ]
+    other_images = [*other_images[0], *other_images[1], (0, load_dataset("emoji", "train", 64, False, limit=8))]
+    later = [(1 + at, new) for at, new in other_images]
     stages = {
-        "VAE": (VaeStage, pretrain, [*images, None], {0: fewer, 2: vae}),
-        "VAE that goes on": (VaeStage, pretrain, [*images, vae], {2: moved}),
-        "quantizer": (QuantizerStage, quantizer, [latents, ()], {0: 2 * latents, 1: (0,)}),
-        "tokenizer": (TokenizerStage, SMALL, [vae, *images, None], {0: moved, 1: fewer, 3: trained}),
-        "tokenizer that goes on": (TokenizerStage, SMALL, [vae, *images, trained], {3: other}),
+        "VAE": (VaeStage, pretrain, [*images, None], [*other_images, (2, vae)]),
+        "VAE that goes on": (VaeStage, pretrain, [*images, vae], [(2, moved)]),
+        "quantizer": (QuantizerStage, quantizer, [latents, ()], [(0, 2 * latents), (1, (0,))]),
+        "tokenizer": (
+            TokenizerStage,
+            SMALL,
+            [vae, *images, None],
+            [*later, (0, moved), (0, scaled), (0, shifted), (3, trained)],
+        ),
+        "tokenizer that goes on": (TokenizerStage, SMALL, [vae, *images, trained], [(3, other)]),
     }
     for name, (stage, settings, inputs, changes) in stages.items():
-        cases = [inputs, inputs, *([*inputs[:at], new, *inputs[at + 1 :]] for at, new in changes.items())]
+        cases = [inputs, inputs, *([*inputs[:at], new, *inputs[at + 1 :]] for at, new in changes)]
         made = [stage(settings, *first, tmp_path, last) for *first, last in cases]
         first, again, *others = [one.trainer.checkpoints for one in made]
         assert first == again, name
