@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -150,7 +151,21 @@ def check_images(images: Tensor, channels: int, side: int | None = None) -> None
 
 
 def check_positive(**settings: float) -> None:
-    """Each of the named settings is above 0."""
+    """Each of the named settings is a finite number above 0."""
     for name, value in settings.items():
-        if value <= 0:
-            raise ValueError(f"expected {name} above 0, got {value}")
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"expected {name} above 0, got {value!r}")
+
+
+def check_whole(least: int, **settings: int) -> None:
+    """Each of the named settings is a whole number of at least LEAST."""
+    for name, value in settings.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+
+
+def check_range(low: float, high: float, **settings: float) -> None:
+    """Each of the named settings is a number from LOW to HIGH."""
+    for name, value in settings.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"expected {name} from {low:g} to {high:g}, got {value!r}")
