@@ -33,7 +33,20 @@ T = TypeVar("T")
 
 EMOJI_FOLDER = DATA / "emoji"
 SPLITS = ("train", "val")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+UNREAD_SUFFIXES = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".jxl",
+    ".pbm",
+    ".pgm",
+    ".ppm",
+    ".psd",
+    ".svg",
+    ".tga",
+}  # warned of
 COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
 TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
 HELD_OUT = 0.1  # fraction of a plain folder's images that is its validation split
@@ -362,7 +375,7 @@ def _visible_folders(folder: Path) -> list[str]:
 
 def _image_files(root: Path) -> list[str]:
     """The images in ROOT and below; a folder that several links lead to is visited once, by its own name if it can."""
-    found, folders, seen = [], [str(root)], set()
+    found, others, folders, seen = [], [], [str(root)], set()
     while folders:
         folder = folders.pop()
         if os.path.realpath(folder) in seen:
@@ -376,8 +389,12 @@ def _image_files(root: Path) -> list[str]:
             ) from error
         files, inner = ([entry for entry in entries if entry.is_dir() == kind] for kind in (False, True))
         found += [entry.path for entry in files if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+        others += [entry.path for entry in files if Path(entry.name).suffix.lower() in UNREAD_SUFFIXES]
         folders[:0] = [entry.path for entry in inner if entry.is_symlink()]  # after the others
         folders += [entry.path for entry in inner if not entry.is_symlink()]
+    if others:
+        words = "%d pictures of %s are of kinds that are not read and are left out (%s, ...): save them as PNG"
+        log.warning(words, len(others), printable(str(root)), printable(others[0]))
     found.sort()
     if found:
         fetched(found[0])
