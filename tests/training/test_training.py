@@ -245,7 +245,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     by_hand = [0.5, 1, 1, 0.2 + 0.8 * 0.75, 0.2 + 0.8 / 2, 0.2 + 0.8 * 0.25, 0.2, 0.2]
     cosine = [learning_rate_factor(step, dataclasses.replace(floor, steps=14)) for step in (0, 1, 2, 6, 8, 10, 14, 20)]
     assert cosine == pytest.approx(by_hand)  # a third, a half, two thirds of the 12 steps: cos of 60, 90, 120 degrees
-    with pytest.raises(ValueError, match="expected steps of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected steps to be a whole number of at least 1, got 0"):
         LoopSettings(steps=0, batch_size=1)
 
 
@@ -558,6 +558,32 @@ def test_a_full_disk_under_the_log_is_one_sentence_that_names_it(stopped, monkey
 def test_a_seed_out_of_range_is_one_sentence(seed):
     with pytest.raises(ValueError, match=r"expected a whole number from 0 to 4294967295 as seed, got"):
         LoopSettings(steps=1, batch_size=1, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 2.5}, "steps to be a whole number of at least 1, got 2.5"),  # which no step equals
+        ({"steps": math.nan}, "steps to be a whole number"),
+        ({"steps": True}, "steps to be a whole number"),
+        ({"warmup_steps": -1}, "warmup_steps to be a whole number of at least 0"),
+        ({"evaluate_every": 1.5}, "evaluate_every to be a whole number"),
+        ({"clip": -1.0}, "clip above 0, got -1.0"),  # which would turn the gradients round
+        ({"clip": 0.0}, "clip above 0"),
+        ({"clip": math.nan}, "clip above 0"),
+        ({"learning_rate": "1e-4"}, "learning_rate from 0"),
+        ({"learning_rate": math.nan}, "learning_rate from 0"),
+        ({"final_learning_rate": -0.1}, "final_learning_rate from 0"),
+        ({"weight_decay": math.inf}, "weight_decay from 0"),
+        ({"ema": 1.5}, "ema from 0 to 1, got 1.5"),
+        ({"start": "Data"}, "a start of random or data, got 'Data'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_one_sentence(changes, message):
+    with pytest.raises(ValueError, match=f"^expected {message}"):
+        dataclasses.replace(LOOP, **changes)
+    with pytest.raises(ValueError, match="expected minutes above 0"):
+        TimeLimit(math.nan)
 
 
 def test_a_promise_of_minutes_is_watched(caplog):
