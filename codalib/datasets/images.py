@@ -501,7 +501,8 @@ def training_batches(
 ) -> Iterator[dict]:
     """Endless batches of `batch_size` images for this process, from global step `start_step` on.
 
-    An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops.
+    An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops. A batch of
+    none takes the order's next image that can be read, so that every step keeps its number.
     """
     step_images = batch_size * world_size
     order = EndlessOrder(len(dataset), seed, start_step * step_images, rank, world_size)
@@ -514,7 +515,10 @@ def training_batches(
         seen += step_images
         unreadable.epochs = (seen - 1) // len(dataset) - since // len(dataset) + 1
         unreadable.add(batch["unreadable"])
-        if "image" in batch:
+        if "image" not in batch:
+            later = itertools.islice(EndlessOrder(len(dataset), seed, seen, rank, world_size), 2 * len(dataset))
+            batch = next((collate([sample]) for sample in map(dataset.__getitem__, later) if sample is not None), {})
+        if batch:
             yield batch
 
 

@@ -536,6 +536,22 @@ def corners(crop):
     return crop.getpixel((0, 0))[:2], crop.getpixel((crop.width - 1, crop.height - 1))[:2]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_of_an_unreadable_image_alone_keeps_its_steps_number(tmp_path, world_size):
+    """Where it was passed over, all steps behind it came one earlier than those of a resumed run."""
+    for number in range(7):
+        noise(number, (8, 8)).save(tmp_path / f"{number}.png")
+    dataset = load_dataset(f"folder:{tmp_path}", "train", 8)
+    (tmp_path / os.path.basename(dataset.items[2].name)).write_bytes(b"broken")
+    for rank in range(world_size):
+        whole = training_batches(dataset, 1, 0, 0, rank, world_size)
+        indices = [next(whole)["index"].item() for _ in range(9)]
+        assert 2 not in indices
+        for start in range(9):
+            resumed = training_batches(dataset, 1, 0, start, rank, world_size)
+            assert [next(resumed)["index"].item() for _ in range(9 - start)] == indices[start:], (rank, start)
+
+
 def test_a_crop_is_in_the_centre_or_anywhere_with_a_generator():
     assert corners(square(coordinates(10, 16), 10, 8, None)) == ((4, 1), (11, 8))
     assert corners(square(coordinates(17, 10), 10, 10, None)) == ((0, 3), (9, 12))  # of 7 pixels 3 go first
