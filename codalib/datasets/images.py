@@ -501,8 +501,8 @@ def training_batches(
 ) -> Iterator[dict]:
     """Endless batches of `batch_size` images for this process, from global step `start_step` on.
 
-    An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops. A batch of
-    none takes the order's next image that can be read, so that every step keeps its number.
+    An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops. A batch
+    of none takes the order's next image that can be read, so that every step keeps its number.
     """
     step_images = batch_size * world_size
     order = EndlessOrder(len(dataset), seed, start_step * step_images, rank, world_size)
