@@ -248,8 +248,10 @@ def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):
     (tmp_path / "a" / "config.json").write_text((tmp_path / "b" / "config.json").read_text())
     with pytest.raises(ValueError, match="does not fit"):
         MaskGIT.from_pretrained(tmp_path / "a")
-    for name in ("c", "d"):
-        small().save_pretrained(tmp_path / name)
+    for number, name in enumerate(("c", "d")):
+        model = small()
+        model.head.bias.data += number
+        model.save_pretrained(tmp_path / name)
     (tmp_path / "c" / "model.safetensors").replace(tmp_path / "d" / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors in .*d changed since its config.json was written"):
         MaskGIT.from_pretrained(tmp_path / "d")
