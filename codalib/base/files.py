@@ -182,8 +182,9 @@ def printable(text: str) -> str:
 def file_digests(paths: Iterable[str]) -> dict[str, str]:
     """Path -> SHA-256 of the file's bytes, in hex; "" where it cannot be read.
 
-    A file is read again only where its size or times (mtime, ctime) are others than when it was last read: they are
-    kept in `runs/digests`, one file for each folder, where there is a folder of runs.
+    A file is read again only where its inode, size or times (mtime, ctime) are others than when it was last read: a
+    link may lead to another file of the same tick. They are kept in `runs/digests`, one file for each folder, where
+    there is a folder of runs.
     """
     folders: defaultdict[str, list[str]] = defaultdict(list)
     for path in paths:
@@ -212,20 +213,20 @@ def _kept_digests(kept: Path) -> dict[str, list]:
     except (OSError, ValueError):  # not there yet, or broken: the files are read again
         return {}
     rows = rows if isinstance(rows, dict) else {}
-    return {name: row for name, row in rows.items() if isinstance(row, list) and len(row) == 4}
+    return {name: row for name, row in rows.items() if isinstance(row, list) and len(row) == 5}
 
 
 def _digest(path: str, known: list | None) -> list:
-    """[size, mtime, ctime, digest] of a file: KNOWN where the first three have not changed."""
+    """[inode, size, mtime, ctime, digest] of a file: KNOWN where the first four have not changed."""
     try:
         state = os.stat(path)
-        row = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-        if known is not None and known[:3] == row:
+        row = [state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        if known is not None and known[:4] == row:
             return known
         return [*row, sha256(path)]
     except OSError:
-        return [0, 0, 0, ""]
+        return [0, 0, 0, 0, ""]
 
 
 def _settled(row: list) -> bool:
-    return bool(row[-1]) and time.time_ns() - row[2] > SETTLED
+    return bool(row[-1]) and time.time_ns() - row[3] > SETTLED

@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ class Tar:
         The index is kept in `runs/tars` where there is a folder of runs; one that is damaged is made anew.
         """
         state = os.stat(self.path)
-        key = repr((os.path.abspath(self.path), state.st_size, state.st_mtime_ns))
+        key = repr((os.path.abspath(self.path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
         kept = runs_folder("tars") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
         if (table := _read_index(kept)) is None:
             table = pa.Table.from_pylist(self._samples(), _INDEX)
@@ -238,8 +238,13 @@ def table_rows(place: str, parquet: bool) -> tuple[dict[str, list[Row]], list[st
             else:
                 _check_hub(name)
             what = {"data_dir" if Path(place).is_dir() else "data_files": place} if parquet else {}
-            builder = datasets.load_dataset_builder("parquet" if parquet else name, config or None, **what)
+            build = partial(datasets.load_dataset_builder, "parquet" if parquet else name, config or None, **what)
+            builder = build()
             sources = builder.config.data_files
+            if local:  # its cache knows files by their names and dates alone
+                contents = file_digests(file for own in sources.values() for file in own)
+                key = hashlib.sha256(repr(sorted(contents.items())).encode()).hexdigest()[:16]
+                builder = build(cache_dir=os.path.join(datasets.config.HF_DATASETS_CACHE, f"codalib-{key}"))
             builder.download_and_prepare()
             tables = builder.as_dataset()
     except DataError:

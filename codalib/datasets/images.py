@@ -33,7 +33,20 @@ T = TypeVar("T")
 
 EMOJI_FOLDER = DATA / "emoji"
 SPLITS = ("train", "val")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+UNREAD_SUFFIXES = {
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".jxl",
+    ".pbm",
+    ".pgm",
+    ".ppm",
+    ".psd",
+    ".svg",
+    ".tga",
+}  # warned of
 COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
 TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
 HELD_OUT = 0.1  # fraction of a plain folder's images that is its validation split
@@ -107,6 +120,11 @@ class ImageDataset(Dataset):
             row = item.name.removeprefix(root), item.label, item.captions, item.group, content
             digest.update(repr(row).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def inputs(self) -> list:
+        """All that decides what a training sees of the images: their content, and how they are cut."""
+        return [self.content_digest, self.resolution, self.random_crop]
 
     def check_enough_images(self, processes: int) -> None:
         """Raise DataError where a process would have no image."""
@@ -357,7 +375,7 @@ def _visible_folders(folder: Path) -> list[str]:
 
 def _image_files(root: Path) -> list[str]:
     """The images in ROOT and below; a folder that several links lead to is visited once, by its own name if it can."""
-    found, folders, seen = [], [str(root)], set()
+    found, others, folders, seen = [], [], [str(root)], set()
     while folders:
         folder = folders.pop()
         if os.path.realpath(folder) in seen:
@@ -371,8 +389,12 @@ def _image_files(root: Path) -> list[str]:
             ) from error
         files, inner = ([entry for entry in entries if entry.is_dir() == kind] for kind in (False, True))
         found += [entry.path for entry in files if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+        others += [entry.path for entry in files if Path(entry.name).suffix.lower() in UNREAD_SUFFIXES]
         folders[:0] = [entry.path for entry in inner if entry.is_symlink()]  # after the others
         folders += [entry.path for entry in inner if not entry.is_symlink()]
+    if others:
+        words = "%d pictures of %s are of kinds that are not read and are left out (%s, ...): save them as PNG"
+        log.warning(words, len(others), printable(str(root)), printable(others[0]))
     found.sort()
     if found:
         fetched(found[0])
@@ -479,7 +501,8 @@ def training_batches(
 ) -> Iterator[dict]:
     """Endless batches of `batch_size` images for this process, from global step `start_step` on.
 
-    An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops.
+    An unreadable image is left out of its batch, once an epoch; see `UnreadableCount` for when the run stops. A batch
+    of none takes the order's next image that can be read, so that every step keeps its number.
     """
     step_images = batch_size * world_size
     order = EndlessOrder(len(dataset), seed, start_step * step_images, rank, world_size)
@@ -492,7 +515,10 @@ def training_batches(
         seen += step_images
         unreadable.epochs = (seen - 1) // len(dataset) - since // len(dataset) + 1
         unreadable.add(batch["unreadable"])
-        if "image" in batch:
+        if "image" not in batch:
+            later = itertools.islice(EndlessOrder(len(dataset), seed, seen, rank, world_size), 2 * len(dataset))
+            batch = next((collate([sample]) for sample in map(dataset.__getitem__, later) if sample is not None), {})
+        if batch:
             yield batch
 
 

@@ -64,11 +64,10 @@ def to_rgb(image: Image.Image, guessed: Callable[[str], None] = log.warning) -> 
     """
     if image.mode.startswith("I") or image.mode == "F":  # Pillow's convert would clip at 255
         return Image.fromarray(_grey(image, guessed)).convert("RGB")
-    depths = np.ravel(_tags(image).get(BITS, 8))
-    if depths.max() > 8 and 0 < (highest := np.max(image.getextrema())) < 16:  # Pillow keeps the upper 8 of 16 bits
-        raise ValueError(
-            f"12 bits or less in its {depths.max()} a colour ({highest} of 255 is left): save it in 8 bits"
-        )
+    png = any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
+    depth = 16 if png else np.ravel(_tags(image).get(BITS, 8)).max()
+    if depth > 8 and 0 < (highest := _highest(image)) < 16:  # Pillow keeps the upper 8 of 16 bits
+        raise ValueError(f"12 bits or less in its {depth} a colour ({highest} of 255 is left): save it in 8 bits")
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -76,6 +75,12 @@ def to_rgb(image: Image.Image, guessed: Callable[[str], None] = log.warning) -> 
         white.alpha_composite(image)
         image = white
     return image.convert("RGB")
+
+
+def _highest(image: Image.Image) -> int:
+    """The highest value of its colours, whatever its transparency."""
+    highest = np.reshape(image.getextrema(), (-1, 2))[:, 1]
+    return max(value for value, band in zip(highest.tolist(), image.getbands(), strict=True) if band != "A")
 
 
 def _tags(image: Image.Image) -> dict:
@@ -102,9 +107,13 @@ def _range(image: Image.Image, values: np.ndarray, guessed: Callable[[str], None
     if WHITE in tags:
         return float(np.ravel(tags.get(BLACK, 0))[0]), float(np.ravel(tags[WHITE])[0])
     bits = 16 if image.format == "PNG" else int(np.ravel(tags.get(BITS, 0))[0])
-    if image.format == "PNG" or 0 < bits < 16:
-        return 0.0, 2.0**bits - 1
     low, high = values.min(), values.max()
+    if image.format == "PNG" or 0 < bits < 16:
+        if bits == 16 and 0 < high <= WHITES[2]:
+            guessed(
+                f"holds 16 bits and comes out dark, as its highest value is {high:g}: if white is less, save 8 bits"
+            )
+        return 0.0, 2.0**bits - 1
     slack = 1 + OVERSHOOT if floats else 1
     white = next((white for white in (WHITES if floats else WHITES[1:]) if high <= slack * white), None)
     if white is None or low < (1 - slack) * white:

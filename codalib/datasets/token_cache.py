@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from codalib.base.files import alone, atomic_folder, atomic_write, read_json, write_json, writing
 from codalib.base.processes import make_accelerator
-from codalib.base.seeds import SEED_STRIDE, sample_generators
+from codalib.base.seeds import SEED_STRIDE, check_seed, sample_generators
 from codalib.datasets.images import (
     EndlessOrder,
     ImageDataset,
@@ -37,6 +37,7 @@ from codalib.datasets.images import (
     share_content_digests,
 )
 from codalib.models.checkpoints import load_tokenizer
+from codalib.models.checks import check_whole
 from codalib.models.maskgit import MaskGIT
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.pretrained.registry import read_weights
@@ -89,8 +90,9 @@ class CacheSettings:
     shard_images: int = 1024
 
     def __post_init__(self) -> None:
-        if self.views < 1:
-            raise ValueError(f"views is {self.views}, expected at least 1")
+        check_whole(1, views=self.views, batch_size=self.batch_size, shard_images=self.shard_images)
+        check_whole(0, workers=self.workers)
+        check_seed(self.seed)
 
 
 def cache_tokens(
@@ -111,7 +113,7 @@ def cache_tokens(
     Returns:
         FOLDER, complete once all processes are through.
     Raises:
-        CacheMismatch: FOLDER holds another tokenizer's or other data's tokens.
+        CacheMismatch: FOLDER holds another tokenizer's or other data's tokens, whatever the data set is called.
     """
     if dataset.resolution != tokenizer.resolution:
         raise ValueError(f"expected images of {tokenizer.resolution} pixels, got {dataset.resolution}")
@@ -127,7 +129,7 @@ def cache_tokens(
         numbers = range(start, min(start + settings.shard_images, positions))
         arrays = _encode(tokenizer, dataset, numbers, settings, unreadable)
         with atomic_write(_shard(folder, number), "wb") as file:
-            file.write(save(arrays))
+            file.write(save(arrays, {"manifest": _manifest_digest(manifest)}))
     unreadable.report()
     return folder
 
@@ -177,18 +179,28 @@ def _manifest(tokenizer: CodaTokenizer, dataset: ImageDataset, settings: CacheSe
     }
 
 
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    """Of all that decides the tokens: not of the data set's name, which may change."""
+    values = {key: value for key, value in manifest.items() if key != "dataset"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dataset: ImageDataset) -> None:
     """Write what describes the cache, the same from every process, or make sure that what is there says the same."""
+    tokens = [name for name in (SHARDS, COLUMNS) if (folder / name).exists()]  # before the manifest: they come after it
     if (folder / MANIFEST).exists():
-        found = read_json(folder / MANIFEST)
-        if odd := [key for key in manifest if found.get(key) != manifest[key]]:
+        found = read_json(folder / MANIFEST, "tokenizer")
+        if odd := [key for key in manifest if found.get(key) != manifest[key] and key != "dataset"]:
             differences = ", ".join(f"{key} {found.get(key)} there and {manifest[key]} here" for key in odd)
             raise CacheMismatch(f"{folder} holds other tokens: {differences}; remove it or choose another folder")
         return
-    write_json(folder / CAPTIONS, [item.captions for item in dataset.items])
-    with atomic_write(folder / CODES, "wb") as file:
-        file.write(save({"values": tokenizer.quantizer.code_values.cpu().numpy()}))
-    write_json(folder / MANIFEST, manifest)  # last: where it is, the others are
+    if tokens:
+        raise CacheMismatch(f"{folder / tokens[0]} has no {MANIFEST} to say what it holds: remove {folder}, run again")
+    with writing(folder):
+        write_json(folder / CAPTIONS, [item.captions for item in dataset.items])
+        with atomic_write(folder / CODES, "wb") as file:
+            file.write(save({"values": tokenizer.quantizer.code_values.cpu().numpy()}))
+        write_json(folder / MANIFEST, manifest)  # last: where it is, the others are
 
 
 @torch.no_grad()
@@ -241,17 +253,18 @@ def assemble(folder: Path) -> None:
         return
     with writing(folder), alone(folder / ".assembling"):
         if not (folder / COLUMNS).exists():
-            paths = [_shard(folder, number) for number in range(read_json(folder / MANIFEST)["shards"])]
+            manifest = read_json(folder / MANIFEST, "shards")
+            paths = [_shard(folder, number) for number in range(manifest["shards"])]
             if missing := [path.name for path in paths if not path.exists()]:
                 raise ValueError(
                     f"{folder} lacks {len(missing)} of its {len(paths)} shards ({missing[0]}, ...): run its stage again"
                 )
-            _write_columns(paths, folder / COLUMNS)
+            _write_columns(paths, folder / COLUMNS, _manifest_digest(manifest))
         shutil.rmtree(folder / SHARDS, ignore_errors=True)
 
 
-def _write_columns(shards: Sequence[Path], folder: Path) -> None:
-    rows = sum(_rows(path) for path in shards)
+def _write_columns(shards: Sequence[Path], folder: Path, manifest: str) -> None:
+    rows = sum(_rows(path, manifest) for path in shards)
     first = load_file(shards[0])
     with atomic_folder(folder) as new:
         columns = {
@@ -280,9 +293,13 @@ def _mapped(column: Path) -> np.ndarray:
     return np.asarray(found)
 
 
-def _rows(shard: Path) -> int:
+def _rows(shard: Path, manifest: str) -> int:
     try:
         with safe_open(shard, "np") as file:
+            if (file.metadata() or {}).get("manifest", manifest) != manifest:  # of two runs in one folder
+                raise CacheMismatch(
+                    f"{shard} holds other tokens than {MANIFEST} says: remove {shard.parent.parent}, run again"
+                )
             return file.get_slice("label").get_shape()[0]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{shard} cannot be read ({error}): remove it and run its stage again") from error
@@ -299,6 +316,8 @@ class TokenCache:
         self.indices, self._label = columns["indices"], columns["label"]  # (N, L), (N,)
         self.image, self.view = columns["image"], columns["view"]  # (N,): which image of the data set, which view
         self.captions: list[list[str]] = read_json(folder / CAPTIONS)  # an image's, one at least
+        if len({len(own) for own in columns.values()}) > 1:
+            raise ValueError(f"{folder / COLUMNS} holds columns of different lengths: remove {folder}, run again")
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer_hash: str | None = None) -> "TokenCache":
@@ -309,9 +328,9 @@ class TokenCache:
             ValueError: no cache there, or shards missing or broken; says which.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).exists():
+        if missing := [name for name in (MANIFEST, CAPTIONS) if not (folder / name).exists()]:
             raise ValueError(
-                f"{folder} holds no token cache ({MANIFEST}): make one with codalib.datasets.token_cache.cache_tokens"
+                f"{folder} holds no token cache ({missing[0]}): make one with codalib.datasets.token_cache.cache_tokens"
             )
         manifest = read_json(folder / MANIFEST, "tokenizer", "scales", "codebook_size", "classes", "shards")
         if tokenizer_hash is not None and manifest["tokenizer"] != tokenizer_hash:

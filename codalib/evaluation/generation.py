@@ -96,6 +96,8 @@ def sampler_grid(base: SamplerConfig, **values: Sequence[Any]) -> dict[str, Samp
     for combination in itertools.product(*values.values()):
         changed = dict(zip(values, combination, strict=True))
         name = ", ".join(f"{field.replace('_', ' ')} {_short(value)}" for field, value in changed.items())
+        if name in samplers:
+            raise ValueError(f"expected values that differ in 6 digits, got two named {name!r}: leave one out")
         samplers[name] = dataclasses.replace(base, **changed)
     return samplers
 
@@ -253,7 +255,8 @@ def _validation_images(inputs: Inputs) -> Method:
 
 
 def _training_images(inputs: Inputs) -> Method:
-    return _real(inputs, "training-images", inputs.training_images())
+    images = inputs.training_images()
+    return dataclasses.replace(_real(inputs, "training-images", images), key=(images.content_digest,))
 
 
 def _reconstructions(inputs: Inputs) -> Method:
@@ -261,7 +264,9 @@ def _reconstructions(inputs: Inputs) -> Method:
 
 
 def _training_reconstructions(inputs: Inputs) -> Method:
-    return _decoded(inputs, "tokenizer-on-training-images", *inputs.encode("train", inputs.training_images()))
+    images = inputs.training_images()
+    method = _decoded(inputs, "tokenizer-on-training-images", *inputs.encode("train", images))
+    return dataclasses.replace(method, key=(*method.key, images.content_digest))
 
 
 def _shuffled(inputs: Inputs) -> Method:
@@ -284,6 +289,7 @@ BASELINES = {  # name -> what its images are
     "shuffled tokens": _shuffled,
     "shuffled levels": _shuffled_levels,
 }
+OF_TRAINING = ("training images", "tokenizer on training images")  # decided by these too, whatever the probe reads
 
 
 @dataclass(frozen=True)
@@ -443,5 +449,9 @@ def _result_files(
     data: Sequence[ImageDataset],
 ) -> dict[str, Path]:
     place, both = Path(folder) / "generated", [tokenizer, maskgit]
-    files = {name: result_file(place, name, settings, data, [tokenizer]) for name in baselines}
+    data, more = list(data), []
+    if len(data) == 1 and set(OF_TRAINING) & set(baselines):
+        more = [load_dataset(settings.dataset, "train", 1, False)]
+    of = {name: data + more if name in OF_TRAINING else data for name in baselines}
+    files = {name: result_file(place, name, settings, of[name], [tokenizer]) for name in baselines}
     return files | {name: result_file(place, name, settings, data, both, asdict(own)) for name, own in samplers.items()}

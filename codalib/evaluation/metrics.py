@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from codalib.models.checks import IMAGE_BOUND
 from codalib.pretrained.networks import EfficientNetLite0, InceptionFID, check_images, to_8bit
 from codalib.pretrained.perceptual import PerceptualDistance, build_perceptual
 from codalib.pretrained.registry import has_weights
@@ -42,6 +43,8 @@ def _check_pair(reference: Tensor, reconstruction: Tensor) -> None:
             f"got a reference of shape {tuple(reference.shape)} and a reconstruction of shape "
             f"{tuple(reconstruction.shape)}, expected the same (B, 3, h, w)"
         )
+    if len(reference) and not reference.abs().max() <= IMAGE_BOUND:
+        raise ValueError(f"expected a reference in [-1, 1], got values up to {reference.abs().max():g}: rescale it")
 
 
 @torch.no_grad()
@@ -294,6 +297,11 @@ class ReconstructionMetrics(nn.Module):
         if self.frechet is not None and self.frechet.fake_features_num_samples > 0:
             raise ValueError("got a Frechet distance of another model's images: give its with_same_reference()")
         self._reference_is_known = self.frechet is not None and self.frechet.real_features_num_samples > 0
+
+    def check_unused(self) -> None:
+        """Raise ValueError where images were added, which would count for another model too."""
+        if self.psnr.update_called:
+            raise ValueError("expected metrics that have seen no image, got used ones: build new ones for each model")
 
     @torch.no_grad()
     def update(

@@ -120,9 +120,11 @@ def evaluate(
 
     Process RANK of WORLD_SIZE does its part, and each returns the metrics of the whole. The posterior is sampled, as
     the release does, with noise that depends on the seed and the image alone: the numbers change neither with the
-    number of processes nor with the batch. The metrics are moved to the model's device.
+    number of processes nor with the batch. The metrics are moved to the model's device; ones that have seen images
+    raise ValueError.
     """
     device = next(model.parameters()).device
+    metrics.check_unused()
     metrics.to(device)
     batches = evaluation_batches(images, batch_size, rank, world_size, workers)
     total = -(-len(range(rank, len(images), world_size)) // batch_size)
@@ -231,6 +233,7 @@ def evaluate_levels(
         raise ValueError(f"expected {len(model.quantizer.scales)} sets of metrics, one a level, got {len(metrics)}")
     device = next(model.parameters()).device
     for own in metrics:
+        own.check_unused()
         own.to(device)
     for batch in tqdm(evaluation_batches(images, batch_size), total=-(-len(images) // batch_size), desc="levels"):
         pictures = batch["image"].to(device)

@@ -17,12 +17,13 @@ from codalib.base.files import read_json
 from codalib.datasets.images import ImageDataset
 from codalib.models.checkpoints import EMBEDDED_GENERATORS, EMBEDDED_TOKENIZERS, EMOJI_VAE, PUBLISHED_VAES, find_model
 from codalib.models.checkpoints.names import weights_digest
-from codalib.pretrained.registry import find_weights
+from codalib.pretrained.registry import find_weights, has_weights
 
 log = logging.getLogger(__name__)
 
 PROTOCOL = 2  # part of every name: raised where results come to hold other numbers (2: bits per pixel)
 EXECUTION = ("batch_size", "workers")  # settings that change no number
+AUTO = {"frechet": "inception_fid", "perceptual": "vgg16_lpips"}  # setting -> the network of "auto" where it is here
 
 
 def digest(*parts: Any) -> str:
@@ -54,6 +55,7 @@ def result_file(
         inputs: what else decides the numbers, as JSON can write it.
     """
     values = {name: value for name, value in asdict(settings).items() if name not in EXECUTION}
+    values |= {name: own for name, own in AUTO.items() if values.get(name) == "auto" and has_weights(own)}
     key = digest(
         PROTOCOL, label, values, [images.content_digest for images in data], list(map(model_digest, models)), inputs
     )

@@ -24,7 +24,7 @@ from codalib.evaluation.metrics import FrechetDistance, frechet_distance, kernel
 from codalib.evaluation.reconstruction import image_scores
 from codalib.experiments.paper import USED
 from codalib.experiments.statistics import claim_verdict
-from codalib.experiments.trials import Compared, TrialFolder, bracket_trials, data_digest, words
+from codalib.experiments.trials import Compared, TrialFolder, bracket_trials, data_digest, inputs_key, words
 from codalib.models.checks import NonFiniteLoss
 from codalib.models.losses import weighted_sum
 from codalib.models.tokenizer import CodaTokenizer
@@ -161,17 +161,22 @@ class AdaptedTrials:
             settings = {"settings": own.deciding(), "fit": fit.deciding()}
             return {"cell": cell, "kind": kind, "adapters": adapters, **self._train(own, fit, name), **settings}
 
-        inputs = [PROTOCOL, self.data.digest, own.deciding(), fit.deciding()]
-        return self.trials.once(self._name(cell, own), inputs, make)
+        return self.trials.once(self._name(cell, own), self._inputs(own, fit), make)
 
     def tokenizer(self, cell: str, rate: float, seed: int) -> Path:
         """The folder of a trial's tokenizer, trained again where only its numbers were kept."""
         self.trial(cell, rate, seed)
         own, fit = self.settings_of(cell, rate, seed)
-        folder = self.work / "tokenizers" / words(self._name(cell, own))
+        folder = self._folder(own, fit, name := words(self._name(cell, own)))
         if not folder.exists():
-            self._train(own, fit, folder.name)
+            self._train(own, fit, name)
         return folder
+
+    def _inputs(self, own: TokenizerSettings, fit: QuantizerSettings) -> list[Any]:
+        return [PROTOCOL, self.data.digest, own.deciding(), fit.deciding()]
+
+    def _folder(self, own: TokenizerSettings, fit: QuantizerSettings, name: str) -> Path:
+        return self.work / "tokenizers" / f"{name}-{inputs_key(self._inputs(own, fit))}"
 
     @staticmethod
     def _name(cell: str, own: TokenizerSettings) -> str:
@@ -208,7 +213,7 @@ class AdaptedTrials:
             return {"choose": {}, "failed": str(error)}
         seconds = round(time.monotonic() - started, 1)
         base = None if own.adapters == SCRATCH else self.base
-        tokenizer.save_pretrained(self.work / "tokenizers" / name, base=base)
+        tokenizer.save_pretrained(self._folder(own, fit, name), base=base)
         curve = [{"step": row["step"], "psnr": row["val_psnr"]} for row in read_log(folder) if "val_psnr" in row]
         found = {"choose": self._choose(tokenizer), **self._judge(tokenizer), "curve": curve, "seconds": seconds}
         shutil.rmtree(folder, ignore_errors=True)

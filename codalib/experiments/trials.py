@@ -28,6 +28,11 @@ def words(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name)
 
 
+def inputs_key(inputs: Sequence[Any]) -> str:
+    """Changes with all that decides a trial's result, as JSON can write it: 8 hex digits."""
+    return hashlib.sha256(json.dumps(list(inputs)).encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class TrialFolder:
     """Where an experiment's results lie, and what each file says of the run: commit, machine, versions."""
@@ -49,8 +54,7 @@ class TrialFolder:
             inputs: all that decides the result, as JSON can write it.
             whole: whether a result that was found has all that is asked for; else it is made again.
         """
-        key = hashlib.sha256(json.dumps(list(inputs)).encode()).hexdigest()[:8]
-        file = self.results / f"{words(name)}-{key}.json"
+        file = self.results / f"{words(name)}-{inputs_key(inputs)}.json"
         if not (file.exists() and whole(read_json(file))):
             write_json(file, make(words(name)) | dict(self.provenance))
             log.info("%s: finished", name)

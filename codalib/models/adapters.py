@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from codalib.models.checks import check_positive
+from codalib.models.checks import check_list, check_whole
 from codalib.models.vae import ContinuousVAE
 
 ADAPTED_PARTS = {"both": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",), "none": ()}
@@ -36,7 +36,8 @@ def add_adapters(
     """
     if where not in ADAPTED_PARTS:
         raise ValueError(f"expected adapters on one of {', '.join(ADAPTED_PARTS)}, got {where!r}")
-    check_positive(rank=rank)
+    check_whole(1, rank=rank)
+    check_list(layers=layers)  # of a text each letter would name layers
     if vae.adapter_settings is not None:
         raise ValueError("expected a VAE without adapters, got one with them: load it anew, or merge them first")
     vae.requires_grad_(False)

@@ -2,23 +2,49 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+IMAGE_BOUND = 1.5  # of values around [-1, 1]: a decoder overshoots; ImageNet's normalisation reaches 2.6
+LEAST_TEMPERATURE = 1e-30  # logits divided by less overflow
 
-def check_latents(latents: Tensor, channels: int, side: int) -> None:
-    """Latents are (B, channels, side, side) with B at least 1."""
+
+def check_latents(latents: Tensor, channels: int, side: int, finite: bool = False) -> None:
+    """Latents are (B, channels, side, side) with B at least 1, and FINITE: for that the host waits for a GPU."""
     if latents.ndim != 4 or tuple(latents.shape[1:]) != (channels, side, side) or len(latents) == 0:
         raise ValueError(
             f"expected latents of shape (B, {channels}, {side}, {side}), got {tuple(latents.shape)}: the last scale is "
             "the latent grid; give latents of that size or build the quantizer with other scales"
         )
+    if finite and not latents.isfinite().all():
+        raise ValueError(
+            "expected finite latents, got NaN or infinite ones: look at the images, at the VAE's weights, and at its "
+            "precision (float16 overflows)"
+        )
+
+
+def check_list(**settings: Any) -> None:
+    """Each of the named settings is a list or tuple, not a text."""
+    for name, value in settings.items():
+        if isinstance(value, str):
+            raise ValueError(f"expected {name} as a list, got the text {value!r}: put it in a list")
+
+
+def whole_scales(scales: Sequence[int]) -> tuple[int, ...]:
+    """The sides of the levels as whole numbers; ValueError for a text, and for a side that is none."""
+    check_list(scales=scales)
+    if any(isinstance(p, str | bool) or int(p) != p for p in scales):
+        raise ValueError(f"expected scales that are whole numbers, such as (1, 2, 4), got {scales!r}")
+    return tuple(int(p) for p in scales)
 
 
 def check_indices(indices: Sequence[Tensor], scales: Sequence[int], codes: int, levels: int | None, lowest: int) -> int:
     """One integer (B, p, p) for each of the first LEVELS scales (None: all), values in [lowest, codes); how many."""
+    if (theirs := getattr(indices, "codebook_size", codes)) != codes:  # of `models.tokens.Tokens`
+        raise ValueError(f"expected tokens of {codes} codes, got tokens of {theirs}: they are another tokenizer's")
     count = len(scales) if levels is None else levels
     if not 1 <= count <= len(scales):
         raise ValueError(f"expected levels from 1 to {len(scales)}, the number of scales, got {levels}")
@@ -28,11 +54,11 @@ def check_indices(indices: Sequence[Tensor], scales: Sequence[int], codes: int, 
             f"got {len(indices)}"
         )
     for number, (level, p) in enumerate(zip(indices[:count], scales, strict=False)):
-        fits = tuple(level.shape) == (len(indices[0]), p, p) and len(level) > 0
+        fits = isinstance(level, Tensor) and tuple(level.shape) == (len(indices[0]), p, p) and len(level) > 0
         if not fits or level.is_floating_point() or level.dtype == torch.bool:
             raise ValueError(
                 f"expected indices of level {number} to be integers of shape (B, {p}, {p}) with one B for all levels, "
-                f"got {level.dtype} of shape {tuple(level.shape)}"
+                f"got a {type(level).__name__} of {level.dtype} and shape {tuple(level.shape)}"
             )
     extremes = torch.stack([torch.stack(level.aminmax()).long() for level in indices[:count]]).tolist()  # one wait
     for number, (low, high) in enumerate(extremes):
@@ -53,10 +79,14 @@ def check_condition(
     """
     expected = "labels" if num_classes is not None else "text" if text_dim is not None else "no condition"
     got = "no condition" if condition is None else "labels" if isinstance(condition, Tensor) else "text"
+    if got == "text" and not hasattr(condition, "embeddings"):
+        got = f"a {type(condition).__name__}, neither a tensor of labels nor a TextCondition"
     if got != expected:
         raise ValueError(f"expected {expected} as the condition, which the model was built for, got {got}")
     if condition is None:
         return
+    if got == "labels" and (condition.ndim != 1 or condition.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"expected labels (B,) of int64, got {condition.dtype} of shape {tuple(condition.shape)}")
     count = len(condition.embeddings) if got == "text" else len(condition)
     if count != batch:
         raise ValueError(f"expected one condition for each of {batch} samples, got {count}")
@@ -71,14 +101,19 @@ def check_condition(
             raise ValueError(f"expected labels from 0 to {num_classes - 1}, got {low if low < 0 else high}")
 
 
-def check_quantizer(channels: int, codes: int, scales: Sequence[int], backend: str, backends: Sequence[str]) -> None:
-    """The settings that all quantizers share."""
+def check_quantizer(
+    channels: int, codes: int, scales: Sequence[int], beta: float, backend: str, backends: Sequence[str]
+) -> tuple[int, ...]:
+    """The settings that all quantizers share; returns the scales."""
+    scales = whole_scales(scales)
+    check_range(0, math.inf, beta=beta)
     if not scales or min(scales) < 1 or max(scales) != scales[-1]:
         raise ValueError(f"expected scales of at least 1, the last (the latent grid's side) the largest, got {scales}")
     if channels < 1 or codes < 1:
         raise ValueError(f"expected latent_channels and codebook_size of at least 1, got {channels} and {codes}")
     if backend not in backends:
         raise ValueError(f"expected a backend of {', '.join(backends)}, got {backend!r}")
+    return scales
 
 
 def check_fixed(fixed: Sequence[Tensor], batch: int, scales: Sequence[int], codes: int) -> None:
@@ -86,6 +121,8 @@ def check_fixed(fixed: Sequence[Tensor], batch: int, scales: Sequence[int], code
     expected = [(batch, p, p) for p in scales]
     if [tuple(level.shape) for level in fixed] != expected:
         raise ValueError(f"expected fixed tokens of shapes {expected}, got {[tuple(x.shape) for x in fixed]}")
+    if any(level.is_floating_point() or level.dtype == torch.bool for level in fixed):
+        raise ValueError(f"expected fixed tokens of int64, got {fixed[0].dtype}: convert them")
     extremes = torch.stack([torch.stack(level.aminmax()).long() for level in fixed]).tolist()  # one wait
     low, high = min(row[0] for row in extremes), max(row[1] for row in extremes)
     if low < -1 or high >= codes:
@@ -122,16 +159,24 @@ def check_width(width: int, heads: int, num_classes: int | None, text_dim: int |
 
 
 def check_sampling(
-    training: bool, conditional: bool, temperature: float, guidance: float, order: str, orders: Sequence[str]
+    training: bool,
+    conditional: bool,
+    temperature: float,
+    choice_temperature: float,
+    guidance: float,
+    order: str,
+    orders: Sequence[str],
 ) -> None:
     """What `generate` is asked for, and of which model."""
     if training:
         raise ValueError("expected a model in evaluation mode, got one in training mode: call model.eval() first")
     if order not in orders:
         raise ValueError(f"expected an order of {', '.join(orders)}, got {order!r}")
-    if temperature <= 0 or not math.isfinite(temperature):
-        raise ValueError(f"expected a temperature above 0 (near 0: the likeliest token), got {temperature}")
-    if guidance < 0 or (guidance and not conditional):
+    if not LEAST_TEMPERATURE <= temperature < math.inf:
+        words = f"expected a temperature above 0, from {LEAST_TEMPERATURE:g} on (near 0: the likeliest token)"
+        raise ValueError(f"{words}, got {temperature}")
+    check_range(0, math.inf, choice_temperature=choice_temperature)
+    if not 0 <= guidance < math.inf or (guidance and not conditional):
         raise ValueError(f"expected guidance of 0 (none) or more, and 0 for a model without condition, got {guidance}")
 
 
@@ -142,15 +187,41 @@ def check_tokens(tokens: Tensor, length: int) -> None:
 
 
 def check_images(images: Tensor, channels: int, side: int | None = None) -> None:
-    """Images are (B, channels, h, w), or (B, channels, side, side)."""
+    """Images are floating (B, channels, h, w), or (B, channels, side, side), with B at least 1, around [-1, 1]."""
     expected = ("h", "w") if side is None else (side, side)
     if images.ndim != 4 or images.shape[1] != channels or (side is not None and tuple(images.shape[2:]) != expected):
         shape = ", ".join(map(str, (channels, *expected)))
         raise ValueError(f"expected images of shape (B, {shape}), got {tuple(images.shape)}")
+    if not images.is_floating_point() or len(images) == 0:
+        raise ValueError(
+            f"expected one image at least, floating and in [-1, 1], got {len(images)} of {images.dtype}: of 8 bits, "
+            "divide by 127.5 and subtract 1"
+        )
+    if images.device.type == "cpu":  # a GPU is not waited for
+        low, high = (value.item() for value in images.detach().aminmax())
+        if not (low >= -IMAGE_BOUND and high <= IMAGE_BOUND):  # NaN too
+            raise ValueError(
+                f"expected images in [-1, 1], got values from {low:g} to {high:g}: divide 8 bits by 127.5 and subtract "
+                "1, and undo any other normalisation"
+            )
 
 
 def check_positive(**settings: float) -> None:
-    """Each of the named settings is above 0."""
+    """Each of the named settings is a number above 0."""
     for name, value in settings.items():
-        if value <= 0:
-            raise ValueError(f"expected {name} above 0, got {value}")
+        if not isinstance(value, Real) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"expected {name} above 0, got {value!r}")
+
+
+def check_whole(least: int, **settings: int) -> None:
+    """Each of the named settings is a whole number of at least LEAST."""
+    for name, value in settings.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+
+
+def check_range(low: float, high: float, **settings: float) -> None:
+    """Each of the named settings is a number from LOW to HIGH."""
+    for name, value in settings.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high or value == math.inf:
+            raise ValueError(f"expected {name} from {low:g} to {high:g}, got {value!r}")

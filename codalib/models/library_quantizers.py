@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codalib.models.checks import check_latents
+from codalib.models.checks import check_indices, check_latents, whole_scales
 from codalib.models.quantizer import QuantizerOutput
 from codalib.models.tokens import Tokens
 
@@ -51,7 +51,7 @@ class LibraryQuantizer(nn.Module):
         super().__init__()
         import vector_quantize_pytorch as library  # slow to import, and only the baselines need it
 
-        scales = tuple(int(p) for p in scales)
+        scales = whole_scales(scales)
         if len(set(scales)) != 1:
             raise ValueError(
                 f"expected scales of one side for {LIBRARY_KINDS[kind]}, whose levels have one grid, got {scales}"
@@ -104,17 +104,18 @@ class LibraryQuantizer(nn.Module):
         training = self.training
         self.eval()
         with torch.autocast(latents.device.type, enabled=False):
-            indices = self.inner(self._checked(latents))[1]
+            indices = self.inner(self._checked(latents, finite=True))[1]
         self.train(training)
         return self._split(indices)
 
     def decode(self, indices: Sequence[Tensor], levels: int | None = None, partial: bool = False) -> Tensor:
         """Indices, one (B, p, p) a level -> latents (B, C, H, W); `levels=k` sums the first k levels alone.
 
-        Raises ValueError with `partial`: these quantizers have no meaning for a token that is not known.
+        Raises ValueError on indices that do not fit, and with `partial`: a token that is not known has no meaning here.
         """
         if partial:
             raise ValueError(f"expected whole indices for {LIBRARY_KINDS[self.kind]}, got partial ones")
+        check_indices(indices, self.scales, self.codebook_size, levels, lowest=0)
         side = self.scales[-1]
         flat = torch.stack([level.flatten(1) for level in indices], dim=-1)  # (B, p p, levels)
         codes = self.inner.get_codes_from_indices(flat)[:levels].sum(dim=0)  # (B, p p, d)
@@ -130,8 +131,8 @@ class LibraryQuantizer(nn.Module):
             "scales": list(self.scales),
         }
 
-    def _checked(self, latents: Tensor) -> Tensor:
-        check_latents(latents, self.latent_channels, self.scales[-1])
+    def _checked(self, latents: Tensor, finite: bool = False) -> Tensor:
+        check_latents(latents, self.latent_channels, self.scales[-1], finite)
         return latents.float().flatten(2).movedim(1, -1)  # (B, C, H, W) -> (B, H W, C)
 
     def _split(self, indices: Tensor) -> Tokens:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codalib.kernels.cross_entropy import linear_cross_entropy
-from codalib.models.checks import check_condition, check_tokens, check_width
+from codalib.models.checks import check_condition, check_tokens, check_width, whole_scales
 from codalib.models.hub import OnHub
 from codalib.models.latent_context import CodeValues
 from codalib.models.tokens import token_levels
@@ -64,7 +64,7 @@ class MaskGIT(OnHub, CodeValues):
     ):
         super().__init__()
         check_width(width, heads, num_classes, text_dim)
-        self.codebook_size, self.scales = codebook_size, tuple(int(p) for p in scales)
+        self.codebook_size, self.scales = codebook_size, whole_scales(scales)
         self.width, self.depth, self.heads = width, depth, heads
         self.num_classes, self.text_dim = num_classes, text_dim
         self.dropout_rate, self.level_positions = dropout, level_positions

@@ -76,8 +76,7 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(self, latent_channels: int, codebook_size: int, scales: Sequence[int], beta: float, backend: str):
         super().__init__()
-        scales = tuple(int(p) for p in scales)
-        check_quantizer(latent_channels, codebook_size, scales, backend, BACKENDS)
+        scales = check_quantizer(latent_channels, codebook_size, scales, beta, backend, BACKENDS)
         self.latent_channels, self.codebook_size, self.scales = latent_channels, codebook_size, scales
         self.beta, self.backend = beta, backend
         # Standard normal: the scale of normalised latents, for both quantizers alike. VQ's usual uniform(-1/K, 1/K)
@@ -116,8 +115,8 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tokens:
-        """Latents (B, C, H, W) -> indices, one (B, p, p) int64 a level, coarse to fine."""
-        residual = self.checked(latents)
+        """Latents (B, C, H, W) -> indices, one (B, p, p) int64 a level, coarse to fine; not finite, ValueError."""
+        residual = self.checked(latents, finite=True)
         backend = self._backend_for(residual)
         indices = []
         with torch.autocast(latents.device.type, enabled=False):
@@ -152,8 +151,8 @@ class ResidualQuantizer(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config().items() if key != "kind")
 
-    def checked(self, latents: Tensor) -> Tensor:
-        check_latents(latents, self.latent_channels, self.scales[-1])
+    def checked(self, latents: Tensor, finite: bool = False) -> Tensor:
+        check_latents(latents, self.latent_channels, self.scales[-1], finite)
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
     def pool(self, residual: Tensor, p: int) -> Tensor:
@@ -219,7 +218,7 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
         backend: str = "auto",
     ):
         super().__init__(latent_channels, codebook_size, scales, beta, backend)
-        check_positive(entropy_temperature=entropy_temperature)
+        check_positive(entropy_temperature=entropy_temperature, attention_dim=attention_dim)
         self.attention_dim, self.norm, self.entropy_temperature = attention_dim, norm, entropy_temperature
         self.attn = CodebookAttention(latent_channels, attention_dim, norm)
 

@@ -93,7 +93,7 @@ def generate(
         another label, class editing). They may differ in number from sample to sample.
     """
     guidance_at(0, steps, guidance, guidance_schedule)
-    check_sampling(model.training, model.is_conditional, temperature, guidance, order, ORDERS)
+    check_sampling(model.training, model.is_conditional, temperature, choice_temperature, guidance, order, ORDERS)
     tokens = first_tokens(model, condition, batch, fixed)  # (B, L) on the model's device
     generators = one_rng_a_sample(generator, len(tokens))
     left = (tokens == model.mask_token).sum(1).tolist()  # (B,)

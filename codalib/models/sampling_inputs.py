@@ -15,12 +15,15 @@ MASKED = -1  # in indices that are handed in or out: a token that is not known
 
 def first_tokens(model: MaskGIT, condition: Condition, batch: int | None, fixed: Sequence[Tensor] | None) -> Tensor:
     """The sequences at the start: the mask token but where tokens are fixed."""
+    asked = batch
     if isinstance(condition, TextCondition):
         batch = len(condition.mask)
     elif condition is not None:
         batch = len(condition)
     elif fixed is not None:
         batch = len(fixed[0])
+    if asked not in (None, batch):
+        raise ValueError(f"expected a condition or fixed tokens for each of {asked} samples, the batch, got {batch}")
     if not batch:
         raise ValueError(
             "expected labels, captions, fixed tokens or batch, got none: the number of samples is not known"

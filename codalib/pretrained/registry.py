@@ -25,6 +25,7 @@ VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # diffusers'
 TOKENIZER_FILES = ("config.json", "quantizer.safetensors", "adapters.json", "adapters.safetensors")
 WRAPPERS = ("state_dict", "model", "module", "ema", "model_ema")  # under which training scripts nest their tensors
 PREFIXES = r"(?:module\.|_orig_mod\.)+"  # of every name, from torch's wrappers
+CHECKED_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LISTED = 8  # tensors named in one message
 RELEASED_FILES = (("vae_ema.pth", "quantizer_ema.pth"), ("vae.pth", "quantizer.pth"))  # averaged, as trained
 
@@ -265,6 +266,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"expected named tensors (a state dict) in {path}, got {found[:200] or 'nothing'}")
     if all(re.match(PREFIXES, name) for name in state):
         state = {re.sub(f"^{PREFIXES}", "", name): value for name, value in state.items()}
+    if odd := [name for name, value in state.items() if value.dtype in CHECKED_TYPES and value.isnan().any()]:
+        raise ValueError(
+            f"{path} holds values that are no numbers (NaN) in {len(odd)} tensors ({odd[0]}, ...): its training had "
+            "diverged, take an earlier checkpoint"
+        )
     return dict(state)
 
 

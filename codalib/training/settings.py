@@ -8,12 +8,14 @@ without one the value is ours. A notebook takes any field by name, as a paramete
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from codalib.base.seeds import check_seed
 from codalib.datasets.token_cache import CacheSettings, TokenCache
 from codalib.models.adapters import ADAPTED_LAYERS
+from codalib.models.checks import check_positive, check_range, check_whole
 from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.loss_weights import ADAPTIVE_LAYERS, LossWeights
 from codalib.models.maskgit import PRESETS, MaskGIT
@@ -49,9 +51,13 @@ class LoopSettings:
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third slower
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        least = dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "checkpoint_every"), 1)
+        for name in (*least, "warmup_steps", "ema_start", "evaluate_every", "workers"):
+            check_whole(least.get(name, 0), **{name: getattr(self, name)})
+        for name in ("learning_rate", "final_learning_rate", "weight_decay"):
+            check_range(0, math.inf, **{name: getattr(self, name)})
+        check_positive(clip=self.clip)
+        check_range(0, 1, ema=self.ema)
         check_seed(self.seed)
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"expected precision 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
@@ -72,6 +78,7 @@ class LoopSettings:
         return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+STARTS = ("random", "data")  # of a quantizer's codes
 # For `TokenizerSettings.adapters`: nothing is adapted, a VAE of the same architecture is trained from random weights.
 SCRATCH = "scratch"
 
@@ -108,6 +115,11 @@ class QuantizerSettings(LoopSettings):
     quantization_weight: float = 1.0  # of the quantization term, Eq. 10-11 (release)
     entropy_weight: float = 0.05  # of the entropy term (release)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start not in STARTS:
+            raise ValueError(f"expected a start of {' or '.join(STARTS)}, got {self.start!r}")
+
     def build_quantizer(self, latent_channels: int) -> ResidualQuantizer:
         """A fresh quantizer of these settings."""
         names = ["kind", "codebook_size", "scales"]
@@ -141,8 +153,7 @@ class TokenizerSettings(QuantizerSettings):
         super().__post_init__()
         if self.adaptive_layer not in ADAPTIVE_LAYERS:
             raise ValueError(f"expected adaptive_layer {' or '.join(ADAPTIVE_LAYERS)}, got {self.adaptive_layer!r}")
-        if self.ema_ramp < 1:
-            raise ValueError(f"expected ema_ramp of at least 1, got {self.ema_ramp}")
+        check_whole(1, ema_ramp=self.ema_ramp)
 
     def check_grid(self, side: int) -> None:
         """Raise ValueError where the last level is not the latent grid, which has this side."""

@@ -56,7 +56,7 @@ class TokenizerStage(Stage):
     ):
         super().__init__(settings)
         val.check_enough_images(self.world_size)
-        share_content_digests(train)
+        share_content_digests(train, val)
         self.train, self.val, self.weights = train, val, settings.weights
         self.tokenizer = self.build_tokenizer(vae, quantizer)
         self.trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
@@ -78,8 +78,8 @@ class TokenizerStage(Stage):
             optimizers,
             {name: network for name, network in found.items() if name == "discriminator"},
             settings.ema_ramp,
-            data=train.content_digest,
-            vae=checksum(*vae.state_dict().values()),
+            data=[train.inputs, val.inputs],
+            vae=[checksum(*vae.state_dict().values()), vae.scale, vae.shift],
             start=None if quantizer is None else checksum(*quantizer.state_dict().values()),
             networks=[None if network is None else network.name for network in networks.values()],
         )

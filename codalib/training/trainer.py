@@ -64,7 +64,7 @@ class TimeLimit:
     _said: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if self.keep not in ("minutes", "steps") or self.minutes <= 0:
+        if self.keep not in ("minutes", "steps") or not self.minutes > 0:
             raise ValueError(f"expected minutes above 0, and to keep 'minutes' or 'steps', got {self}")
 
     def ends(self, seconds: float, step: int, steps: int) -> bool:

@@ -71,8 +71,8 @@ class VaeStage(Stage):
         prepare_vae(autoencoder, settings, self.device)
         optimizer = build_adamw(self.model.parameters(), settings, weight_decay=settings.weight_decay)
         self.parallel = self.accelerator.prepare(self.model)
-        share_content_digests(train)
-        inputs = {"data": train.content_digest}
+        share_content_digests(train, val)
+        inputs = {"data": [train.inputs, val.inputs]}
         inputs["start"] = None if start is None else checksum(*start.state_dict().values())
         self.trainer = Trainer(settings, folder, self.accelerator, self.model, {"VAE": optimizer}, **inputs)
 

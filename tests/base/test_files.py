@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +60,25 @@ def test_a_file_that_has_just_changed_is_not_kept(runs, tmp_path, monkeypatch):
     (tmp_path / "weights").write_bytes(b"one")
     file_digest(tmp_path / "weights")
     assert not (runs / "digests").exists()
+
+
+def test_a_link_that_leads_elsewhere_is_another_file(runs, tmp_path, monkeypatch):
+    """To a file of the same size, made within the same tick of the clock."""
+    made, real = [tmp_path / "a", tmp_path / "b"], os.stat
+    for path in made:
+        path.write_text(path.name)
+
+    def alike(path, **options):
+        found, names = real(path, **options), ("st_ino", "st_mode", "st_size")
+        return SimpleNamespace(**{name: getattr(found, name) for name in names}, st_mtime_ns=1, st_ctime_ns=1)
+
+    monkeypatch.setattr(os, "stat", alike)
+    link, found = tmp_path / "link", []
+    for path in made:
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        found.append(files.file_digests([str(link)])[str(link)])
+    assert found == [hashlib.sha256(text).hexdigest() for text in (b"a", b"b")]
 
 
 def test_a_file_that_cannot_be_read_has_no_digest(runs, tmp_path):

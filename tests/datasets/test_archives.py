@@ -147,6 +147,35 @@ def test_an_archive_that_changed_is_read_anew_and_has_another_digest(tmp_path, m
     assert after.content_digest != before.content_digest
 
 
+def test_an_archive_of_the_same_size_and_date_is_seen_to_be_another(tmp_path):
+    for place in ("tars", "parquet"):
+        (tmp_path / place).mkdir()
+
+    def write(labels):
+        """Files that differ in their labels and pictures, not in their sizes and dates."""
+        for split in SPLITS:
+            with tarfile.open(tmp_path / "tars" / f"{split}.tar", "w") as tar:
+                for number, label in enumerate(labels):
+                    add(tar, f"{number}.png", bitmap(label))
+                    add(tar, f"{number}.cls", str(label).encode())
+            rows = [{"image": {"bytes": bitmap(label), "path": None}, "label": label} for label in labels]
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parquet" / f"{split}.parquet")
+        for path in (*tmp_path.glob("tars/*.tar"), *tmp_path.glob("parquet/*.parquet")):
+            os.utime(path, (10**9, 10**9))
+
+    def bitmap(label):
+        stored = io.BytesIO()
+        Image.new("L", (8, 8), 50 * label).save(stored, "BMP")
+        return stored.getvalue()
+
+    for labels in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        write(labels)
+        for name in (f"webdataset:{tmp_path / 'tars'}", f"parquet:{tmp_path / 'parquet'}"):
+            found = load_dataset(name, "val", 8)
+            assert found.labels.tolist() == labels, name
+            assert [round((found[i]["image"][0, 0, 0].item() + 1) * 127.5) // 50 for i in range(4)] == labels, name
+
+
 def test_a_damaged_index_of_a_tar_is_made_anew_with_a_warning(tmp_path, caplog):
     write_tars(tmp_path, shard=8)
     opened = archives.Tar(str(tmp_path / "train-000.tar"))

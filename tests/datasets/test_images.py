@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import time
+import zlib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -329,9 +330,39 @@ def test_12_packed_bits_16_bit_png_and_inverted_grey_keep_their_values(tmp_path)
     file = struct.pack("<2sHI", b"II", 42, 16) + packed.ljust(8) + struct.pack("<H", len(tags)) + entries + bytes(4)
     assert np.asarray(read_rgb(file, pytest.fail))[0, :, 0].tolist() == [0, 255, 128, 64]
     Image.fromarray(np.full((2, 2), 4000, np.uint16)).save(tmp_path / "dark.png")  # PNG: white is 65535
-    assert np.asarray(read_rgb(str(tmp_path / "dark.png"), pytest.fail)).max() == 16
+    said = []
+    assert np.asarray(read_rgb(str(tmp_path / "dark.png"), said.append)).max() == 16
+    assert said == ["holds 16 bits and comes out dark, as its highest value is 4000: if white is less, save 8 bits"]
     inverted = saved(tmp_path / "inverted.tif", (RAMP * 65535).astype(np.uint16), _262=0)
     assert np.asarray(read_rgb(inverted, pytest.fail))[0, 0, 0] == 255
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_12_bits_in_the_16_of_a_colour_png_are_refused_and_16_are_not(channels):
+    def png(pixels):
+        kind = {2: 4, 3: 2, 4: 6}[channels]  # PNG's numbers of LA, RGB and RGBA
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0)), (b"IDAT", zlib.compress(rows)))
+        parts = (struct.pack(">I", len(own)) + name + own for name, own in (*chunks, (b"IEND", b"")))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(p + struct.pack(">I", zlib.crc32(p[4:])) for p in parts)
+
+    pixels = np.full((4, 4, channels), 4095)
+    pixels[..., 3 if channels == 4 else 1 :] = 65535  # opaque
+    if channels == 3:
+        pixels[:] = 4095
+    with pytest.raises(UnreadableImage, match=r"12 bits or less in its 16 a colour \(15 of 255 is left\)"):
+        read_rgb(png(pixels))
+    assert np.asarray(read_rgb(png(np.full((4, 4, channels), 65535)))).min() == 255
+
+
+def test_pictures_of_kinds_that_are_not_read_are_told_and_jfif_is_jpeg(tmp_path, caplog):
+    for name in ("a.jfif", "b.JPE", "c.png"):
+        Image.new("RGB", (4, 4), (ord(name[0]), 0, 0)).save(tmp_path / name, "PNG" if name == "c.png" else "JPEG")
+    for name in ("d.HEIC", "e.avif", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert sum(len(load_dataset(f"folder:{tmp_path}", split, 4)) for split in ("train", "val")) == 3
+    assert "2 pictures of" in caplog.text
+    assert "are of kinds that are not read and are left out" in caplog.text
 
 
 def test_transparency_of_every_mode_is_white(tmp_path):
@@ -503,6 +534,22 @@ def coordinates(height, width):
 
 def corners(crop):
     return crop.getpixel((0, 0))[:2], crop.getpixel((crop.width - 1, crop.height - 1))[:2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_of_an_unreadable_image_alone_keeps_its_steps_number(tmp_path, world_size):
+    """Where it was passed over, all steps behind it came one earlier than those of a resumed run."""
+    for number in range(7):
+        noise(number, (8, 8)).save(tmp_path / f"{number}.png")
+    dataset = load_dataset(f"folder:{tmp_path}", "train", 8)
+    (tmp_path / os.path.basename(dataset.items[2].name)).write_bytes(b"broken")
+    for rank in range(world_size):
+        whole = training_batches(dataset, 1, 0, 0, rank, world_size)
+        indices = [next(whole)["index"].item() for _ in range(9)]
+        assert 2 not in indices
+        for start in range(9):
+            resumed = training_batches(dataset, 1, 0, start, rank, world_size)
+            assert [next(resumed)["index"].item() for _ in range(9 - start)] == indices[start:], (rank, start)
 
 
 def test_a_crop_is_in_the_centre_or_anywhere_with_a_generator():

@@ -285,8 +285,11 @@ def test_a_cache_opened_twice_at_once_is_assembled_once(tmp_path, monkeypatch):
 def test_images_of_another_size_raise(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="expected images of 64 pixels, got 32"):
         cache_tokens(tokenizer, load_dataset("emoji", "val", 32, limit=2), tmp_path)
-    with pytest.raises(ValueError, match="views is 0"):
-        cache_tokens(tokenizer, load_dataset("emoji", "val", 64, limit=2), tmp_path, CacheSettings(views=0))
+    for name, value in {"views": 0, "shard_images": 0, "batch_size": 2.5, "workers": -1}.items():
+        with pytest.raises(ValueError, match=f"expected {name} to be a whole number of at least .*got {value}"):
+            CacheSettings(**{name: value})
+    with pytest.raises(ValueError, match=r"as seed, got -1"):
+        CacheSettings(seed=-1)
 
 
 def test_a_stage_from_names(tmp_path):
@@ -319,3 +322,36 @@ def test_replaced_pictures_of_the_same_names_are_other_tokens(tokenizer, tmp_pat
     cache_tokens(tokenizer, draw(), tmp_path / "tokens")
     with pytest.raises(CacheMismatch, match="content"):
         cache_tokens(tokenizer, draw(), tmp_path / "tokens")
+
+
+def test_data_that_was_moved_goes_on_and_tokens_without_their_manifest_do_not(tokenizer, images, tmp_path):
+    cache_tokens(tokenizer, images, tmp_path / "t", CacheSettings(shard_images=4))
+    moved = type(images)(images.items, images.classes, images.resolution, False, "folder:elsewhere")
+    cache_tokens(tokenizer, moved, tmp_path / "t", CacheSettings(shard_images=4))
+    for opened in (False, True):  # shards, and then columns
+        if opened:
+            TokenCache.open(tmp_path / "t")
+        (tmp_path / "t" / "manifest.json").rename(tmp_path / "aside")
+        with pytest.raises(CacheMismatch, match=r"has no manifest.json to say what it holds: remove"):
+            cache_tokens(tokenizer, images.subset([6, 5, 4, 3, 2, 1, 0]), tmp_path / "t", CacheSettings(shard_images=4))
+        (tmp_path / "aside").rename(tmp_path / "t" / "manifest.json")
+    column = tmp_path / "t" / "columns" / "image.npy"
+    np.save(column, np.load(column)[:-1])
+    with pytest.raises(ValueError, match="columns of different lengths: remove"):
+        TokenCache.open(tmp_path / "t")
+    (tmp_path / "t" / "captions.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no token cache \(captions.json\)"):
+        TokenCache.open(tmp_path / "t")
+    (tmp_path / "t" / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+        cache_tokens(tokenizer, images, tmp_path / "t")
+
+
+def test_two_runs_that_share_a_folder_by_mistake_are_seen(tokenizer, images, tmp_path):
+    """Each began before the other had written anything; the manifest is the last one's."""
+    for name, seed in (("a", 0), ("b", 1)):
+        cache_tokens(tokenizer, images, tmp_path / name, CacheSettings(shard_images=4, seed=seed))
+    shards = [tmp_path / name / "shards" / "00001.safetensors" for name in ("a", "b")]
+    shards[0].replace(shards[1])
+    with pytest.raises(CacheMismatch, match=r"00001.safetensors holds other tokens than manifest.json says: remove"):
+        TokenCache.open(tmp_path / "b")

@@ -140,6 +140,8 @@ def test_a_grid_of_samplers_names_every_combination():
         "steps 32, guidance 1.5",
     ]
     assert found["steps 32, guidance 1.5"] == SamplerConfig(steps=32, guidance=1.5, order="coarse-to-fine")
+    with pytest.raises(ValueError, match="got two named 'temperature 1'"):
+        sampler_grid(SamplerConfig(), temperature=(1.0, 1.0000001))
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -290,6 +292,25 @@ def test_two_images_are_enough_and_what_takes_more_says_so(models, tmp_path):
     assert protocol["recall"] == "left out: it takes 4 images, got 2"
     with pytest.raises(ValueError, match="expected 2 validation images of emoji, got 1"):
         evaluate_maskgit(dataclasses.replace(settings, val_limit=1), *asked[1:])
+
+
+def test_training_images_decide_their_baselines_where_no_probe_reads_them(models, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, train_limit=0, val_limit=4, samples=4)
+    asked = settings, None, models[1], {}, tmp_path, ("training images", "tokenizer on training images")
+
+    def evaluated(flipped):
+        def load(name, split, side, *rest, **options):
+            images = load_dataset(name, split, side, *rest, **options)
+            images.items = images.items[::-1] if flipped and split == "train" else images.items
+            return images if split == "val" else images.subset(list(range(6)))
+
+        monkeypatch.setattr("codalib.evaluation.generation.load_dataset", load)
+        evaluate_maskgit(*asked)
+        return [row["fd_effnet@32"] for row in read_generation_results(*asked)[0]]
+
+    first = evaluated(flipped=False)
+    assert all(a != b for a, b in zip(first, evaluated(flipped=True), strict=True))
+    assert evaluated(flipped=False) == first
 
 
 def test_another_tokenizers_generator_and_bad_names_are_refused(models, tmp_path):

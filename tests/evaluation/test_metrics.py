@@ -65,6 +65,13 @@ def test_bad_pairs_are_refused():
         metrics.ssim(images[:, :1], images[:, :1])
 
 
+def test_a_reference_that_is_not_in_range_is_refused():
+    images = 127.5 * (random_images(1) + 1)
+    for measure in (metrics.psnr, metrics.ssim):
+        with pytest.raises(ValueError, match=r"expected a reference in \[-1, 1\], got values up to"):
+            measure(images, images)
+
+
 def test_quantization_error_is_over_elements_not_batches():
     error = metrics.QuantizationError()
     error.update(torch.ones(3, 2, 2, 2), torch.zeros(3, 2, 2, 2))

@@ -126,6 +126,21 @@ def test_models_named_alike_have_results_of_their_own(tmp_path):
     assert len({result_file(tmp_path, name, SETTINGS, [], ["emoji"]) for name in names}) == len(names)
 
 
+def test_weights_that_were_fetched_since_are_another_result(tmp_path, monkeypatch):
+    images = SETTINGS.load_images()
+    before = result_file(tmp_path, "x", SETTINGS, [images], ["emoji"])
+    monkeypatch.setattr(results, "has_weights", lambda name: name == "inception_fid")
+    assert result_file(tmp_path, "x", SETTINGS, [images], ["emoji"]) != before  # "auto" is Inception now
+
+
+def test_metrics_that_have_seen_images_are_not_mixed_with_another_models():
+    images, vae = load_dataset("emoji", "val", 64, limit=2), load_vae("emoji")
+    used = ReconstructionMetrics(frechet=None)
+    evaluate(vae, images, used)
+    with pytest.raises(ValueError, match="expected metrics that have seen no image, got used ones"):
+        evaluate(vae, images, used)
+
+
 def test_results_of_an_earlier_protocol_are_not_taken(tmp_path, monkeypatch):
     now = result_file(tmp_path, "mine", SETTINGS, [], ["emoji"])
     monkeypatch.setattr("codalib.evaluation.results.PROTOCOL", 1)

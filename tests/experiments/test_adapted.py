@@ -1,5 +1,6 @@
 """Tokenizers of both assignments, each part of the VAE adapted or none."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -91,6 +92,16 @@ def test_a_trial_trains_its_cell_and_is_read_from_its_file_the_next_time(tmp_pat
     assert trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 3) == row
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         trials(tmp_path, data).trial("attention, decoder adapted", 0.001, 4)
+
+
+def test_each_settings_tokenizer_is_kept_apart(tmp_path, data):
+    """The same cell, rate, steps and seed with other settings: the file of the first is found, and so is its model."""
+    other = trials(tmp_path, data)
+    other.settings = dataclasses.replace(SETTINGS, codebook_size=16)
+    other.fits = {kind: other._fit_settings(kind, own) for kind, own in FITS.items()}
+    asked = "attention, frozen VAE", 0.001, 0
+    for one, codes in ((trials(tmp_path, data), 8), (other, 16), (trials(tmp_path, data), 8)):
+        assert load_tokenizer(one.tokenizer(*asked)).quantizer.codebook_size == codes
 
 
 def test_a_tokenizer_from_scratch_has_no_start_on_latents(tmp_path, data, monkeypatch):

@@ -79,7 +79,7 @@ def tokenizer(saved, tmp_path):
 
 def test_a_tokenizer_records_its_parts_and_its_vae(tokenizer, saved, tmp_path, monkeypatch):
     config = read_json(tokenizer / "config.json")
-    assert config["parts"] == ["adapters.json", "adapters.safetensors", "quantizer.safetensors"]
+    assert list(config["parts"]) == ["adapters.json", "adapters.safetensors", "quantizer.safetensors"]
     assert config["vae_digest"] == ours.vae_digest(load_vae(saved)) == ours.vae_digest(load_tokenizer(tokenizer).vae)
     monkeypatch.chdir(tmp_path)
     load_tokenizer("tokenizer").save_pretrained("again", base="vae")
@@ -88,7 +88,7 @@ def test_a_tokenizer_records_its_parts_and_its_vae(tokenizer, saved, tmp_path, m
     shutil.rmtree(saved)
     whole = load_tokenizer("whole")
     assert whole.vae.adapter_settings["rank"] == 2
-    assert read_json("whole/config.json")["parts"][-1] == "vae/diffusion_pytorch_model.safetensors"
+    assert list(read_json("whole/config.json")["parts"])[-1] == "vae/diffusion_pytorch_model.safetensors"
     with pytest.raises(ValueError, match=r"tokenizer: .*vae is not here: expected emoji"):
         load_tokenizer(tokenizer)
 
@@ -107,6 +107,29 @@ def test_adapters_of_another_tokenizer_do_not_slip_in(tokenizer, saved, tmp_path
         shutil.copy(tokenizer / name, tmp_path / "plain")
     with pytest.raises(ValueError, match=r"adapters\.safetensors, which its config\.json does not name"):
         load_tokenizer(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("part", ["quantizer.safetensors", "adapters.safetensors", "vae/config.json"])
+def test_a_part_that_fits_but_is_not_its_own_is_refused(tokenizer, saved, tmp_path, part):
+    """Of another training with the same shapes, damaged in one bit, or edited by hand."""
+    load_tokenizer(tokenizer).save_pretrained(tmp_path / "whole")
+    file = tmp_path / "whole" / part
+    if part.endswith(".json"):
+        write_json(file, read_json(file) | {"norm_num_groups": 2})
+    else:
+        content = bytearray(file.read_bytes())
+        content[-2] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{part} in .*whole changed since its config.json was written.*: copy the"):
+        load_tokenizer(tmp_path / "whole")
+
+
+def test_weights_that_are_no_numbers_do_not_load(tokenizer):
+    state = load_file(tokenizer / "quantizer.safetensors")
+    state["codebooks.weight"][3, 1] = torch.nan
+    save_file(state, tokenizer / "quantizer.safetensors")
+    with pytest.raises(ValueError, match=r"quantizer.safetensors holds .*\(NaN\) in 1 tensors \(codebooks.weight"):
+        load_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"scaling_factor": 0.6}])

@@ -82,6 +82,10 @@ def test_what_a_method_cannot_have_is_said():
         LibraryQuantizer("lfq", 8, 100, (4,))
     with pytest.raises(ValueError, match="shape"):
         build("rvq")(torch.zeros(1, 8, 5, 5))
+    with pytest.raises(ValueError, match=r"expected indices of level 1 in \[0, \d+\], got \[9999, 9999\]"):
+        build("lfq").decode([torch.full((1, 4, 4), value) for value in (0, 9999, 0)])
+    with pytest.raises(ValueError, match="expected finite latents"):
+        build("fsq").encode(torch.full((1, 8, 4, 4), torch.nan))
     with pytest.raises(ValueError, match="whole indices"):
         build("rvq").decode([torch.zeros(1, 4, 4, dtype=torch.long)] * 3, partial=True)
 

@@ -248,6 +248,13 @@ def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):
     (tmp_path / "a" / "config.json").write_text((tmp_path / "b" / "config.json").read_text())
     with pytest.raises(ValueError, match="does not fit"):
         MaskGIT.from_pretrained(tmp_path / "a")
+    for number, name in enumerate(("c", "d")):
+        model = small()
+        model.head.bias.data += number
+        model.save_pretrained(tmp_path / name)
+    (tmp_path / "c" / "model.safetensors").replace(tmp_path / "d" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors in .*d changed since its config.json was written"):
+        MaskGIT.from_pretrained(tmp_path / "d")
     with pytest.raises(ValueError, match="expected a dtype of float32"):
         small().save_pretrained(tmp_path / "c", "int8")
 
@@ -262,6 +269,10 @@ def test_loading_what_is_not_there_or_does_not_fit_says_so(tmp_path):
         ({}, torch.tensor([0, 1, 2, 1]), "expected no condition as the condition, .*got labels"),
         ({"text_dim": 6}, torch.tensor([0, 1, 2, 1]), "expected text as the condition, .*got labels"),
         ({"text_dim": 5}, captions(), "of width 5, got 6"),
+        ({"text_dim": 6}, ["a", "b", "c", "d"], "expected text as the condition, .*got a list, neither"),
+        ({"num_classes": 3}, [0, 1, 2, 0], "expected labels as the condition, .*got a list, neither"),
+        ({"num_classes": 3}, torch.tensor([0.5, 1, 2, 0]), r"expected labels \(B,\) of int64, got torch.float32"),
+        ({"num_classes": 3}, torch.zeros(4, 1).long(), r"expected labels \(B,\) of int64, got .* of shape \(4, 1\)"),
     ],
 )
 def test_a_condition_that_does_not_fit_is_one_sentence(settings, condition, message):

@@ -1,6 +1,7 @@
 """The quantizers against the golden values, and the properties that every quantizer of the house has."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.quantizer import MAR_SCALES, ResidualAttentionQuantizer
 from codalib.models.quantizer_kinds import quantizer_from_config
 from codalib.models.ranking import confidence, rank_codes
+from codalib.models.tokens import Tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantizer_mar.safetensors"
 SCALES = (1, 2, 3, 5)
@@ -217,11 +219,21 @@ def test_latents_of_another_shape_raise(bad):
             call(bad)
 
 
+@pytest.mark.parametrize("kind", [ResidualAttentionQuantizer, ResidualNearestQuantizer])
+def test_latents_that_are_no_numbers_have_no_indices(kind):
+    bad = latents()
+    bad[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="expected finite latents, got NaN or infinite ones"):
+        small(kind).encode(bad)
+
+
 BAD_INDICES = {
     "expected indices of 4 levels": lambda x: x[:3],
     "to be integers": lambda x: [level.float() for level in x],
     r"shape \(B, 3, 3\)": lambda x: [x[0], x[1], x[1], x[3]],
     "one B for all levels": lambda x: [x[0][:1], *x[1:]],
+    "expected tokens of 24 codes, got tokens of 32": lambda x: Tokens(x, 32),
+    "integers of shape .*got a ndarray": lambda x: [level.numpy() for level in x],
     r"level 3 in \[0, 23\]": lambda x: [*x[:3], x[3] + 24],
     r"level 0 in \[0, 23\], got \[-1": lambda x: [x[0] * 0 - 1, *x[1:]],
 }
@@ -251,6 +263,11 @@ def test_levels_out_of_range_raise(levels):
         ({"norm": "batch"}, 'expected the norm "rms", "layer" or None'),
         ({"entropy_temperature": 0.0}, "above 0"),
         ({"backend": "magic"}, "expected a backend of reference"),
+        ({"entropy_temperature": math.nan}, "above 0"),
+        ({"beta": math.nan}, "expected beta from 0"),
+        ({"attention_dim": 0}, "expected attention_dim above 0"),
+        ({"scales": (1, 2.7, 4)}, r"whole numbers, such as \(1, 2, 4\), got \(1, 2.7, 4\)"),
+        ({"scales": "124"}, "expected scales as a list, got the text '124'"),
     ],
 )
 def test_bad_settings_raise(settings, message):

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -145,12 +146,25 @@ def test_bad_input_is_one_sentence(vae, tmp_path):
         vae.latent_side(60)
     with pytest.raises(ValueError, match="expected images of shape \\(B, 3, h, w\\)"):
         vae.encode(torch.zeros(1, 1, 64, 64))
+    images = torch.zeros(1, 3, 64, 64)
+    for bad, message in [
+        (images.to(torch.uint8), "floating and in .*got 1 of torch.uint8: of 8 bits, divide by 127.5"),
+        (images[:0], "one image at least, .*got 0 of torch.float32"),
+        (images + 255, r"in \[-1, 1\], got values from 255 to 255: divide 8 bits"),
+        (images - 2.1, "undo any other normalisation"),
+        (images * math.nan, "got values from nan to nan"),
+        (images - math.inf, "got values from -inf to -inf"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vae.encode(bad)
+    vae.encode(images - 1.2)  # an overshoot of a decoder
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_vae(tmp_path)
     for arguments, message in [
         ({"where": "middle"}, "middle"),
         ({"rank": 0}, "rank"),
         ({"layers": ("conv9",)}, "conv9"),
+        ({"layers": "conv1"}, "expected layers as a list, got the text 'conv1'"),
     ]:
         with pytest.raises(ValueError, match=message):
             add_adapters(copy.deepcopy(vae), **arguments)

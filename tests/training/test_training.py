@@ -245,7 +245,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     by_hand = [0.5, 1, 1, 0.2 + 0.8 * 0.75, 0.2 + 0.8 / 2, 0.2 + 0.8 * 0.25, 0.2, 0.2]
     cosine = [learning_rate_factor(step, dataclasses.replace(floor, steps=14)) for step in (0, 1, 2, 6, 8, 10, 14, 20)]
     assert cosine == pytest.approx(by_hand)  # a third, a half, two thirds of the 12 steps: cos of 60, 90, 120 degrees
-    with pytest.raises(ValueError, match="expected steps of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected steps to be a whole number of at least 1, got 0"):
         LoopSettings(steps=0, batch_size=1)
 
 
@@ -428,17 +428,28 @@ def test_other_inputs_are_another_run(vae, images, tmp_path):
     pretrain, quantizer = PretrainSettings(**small, widths=(8, 8, 8, 8)), QuantizerSettings(**small, codebook_size=32)
     torch.manual_seed(0)
     trained, other = (SMALL.build_quantizer(16) for _ in range(2))
-    fewer, moved = images[0].subset([0, 1]), load_vae("emoji")
+    moved, scaled, shifted = load_vae("emoji"), load_vae("emoji", scale=2.0), load_vae("emoji", shift=0.5)
     next(moved.parameters()).data += 1
+    other_images = [
+        [(at, images[at].subset([0, 1])), (at, load_dataset("emoji", split, 32, limit=limit))]
+        for at, (split, limit) in enumerate((("train", 8), ("val", 4)))
+    ]
+    other_images = [*other_images[0], *other_images[1], (0, load_dataset("emoji", "train", 64, False, limit=8))]
+    later = [(1 + at, new) for at, new in other_images]
     stages = {
-        "VAE": (VaeStage, pretrain, [*images, None], {0: fewer, 2: vae}),
-        "VAE that goes on": (VaeStage, pretrain, [*images, vae], {2: moved}),
-        "quantizer": (QuantizerStage, quantizer, [latents, ()], {0: 2 * latents, 1: (0,)}),
-        "tokenizer": (TokenizerStage, SMALL, [vae, *images, None], {0: moved, 1: fewer, 3: trained}),
-        "tokenizer that goes on": (TokenizerStage, SMALL, [vae, *images, trained], {3: other}),
+        "VAE": (VaeStage, pretrain, [*images, None], [*other_images, (2, vae)]),
+        "VAE that goes on": (VaeStage, pretrain, [*images, vae], [(2, moved)]),
+        "quantizer": (QuantizerStage, quantizer, [latents, ()], [(0, 2 * latents), (1, (0,))]),
+        "tokenizer": (
+            TokenizerStage,
+            SMALL,
+            [vae, *images, None],
+            [*later, (0, moved), (0, scaled), (0, shifted), (3, trained)],
+        ),
+        "tokenizer that goes on": (TokenizerStage, SMALL, [vae, *images, trained], [(3, other)]),
     }
     for name, (stage, settings, inputs, changes) in stages.items():
-        cases = [inputs, inputs, *([*inputs[:at], new, *inputs[at + 1 :]] for at, new in changes.items())]
+        cases = [inputs, inputs, *([*inputs[:at], new, *inputs[at + 1 :]] for at, new in changes)]
         made = [stage(settings, *first, tmp_path, last) for *first, last in cases]
         first, again, *others = [one.trainer.checkpoints for one in made]
         assert first == again, name
@@ -547,6 +558,32 @@ def test_a_full_disk_under_the_log_is_one_sentence_that_names_it(stopped, monkey
 def test_a_seed_out_of_range_is_one_sentence(seed):
     with pytest.raises(ValueError, match=r"expected a whole number from 0 to 4294967295 as seed, got"):
         LoopSettings(steps=1, batch_size=1, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 2.5}, "steps to be a whole number of at least 1, got 2.5"),  # which no step equals
+        ({"steps": math.nan}, "steps to be a whole number"),
+        ({"steps": True}, "steps to be a whole number"),
+        ({"warmup_steps": -1}, "warmup_steps to be a whole number of at least 0"),
+        ({"evaluate_every": 1.5}, "evaluate_every to be a whole number"),
+        ({"clip": -1.0}, "clip above 0, got -1.0"),  # which would turn the gradients round
+        ({"clip": 0.0}, "clip above 0"),
+        ({"clip": math.nan}, "clip above 0"),
+        ({"learning_rate": "1e-4"}, "learning_rate from 0"),
+        ({"learning_rate": math.nan}, "learning_rate from 0"),
+        ({"final_learning_rate": -0.1}, "final_learning_rate from 0"),
+        ({"weight_decay": math.inf}, "weight_decay from 0"),
+        ({"ema": 1.5}, "ema from 0 to 1, got 1.5"),
+        ({"start": "Data"}, "a start of random or data, got 'Data'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_one_sentence(changes, message):
+    with pytest.raises(ValueError, match=f"^expected {message}"):
+        dataclasses.replace(LOOP, **changes)
+    with pytest.raises(ValueError, match="expected minutes above 0"):
+        TimeLimit(math.nan)
 
 
 def test_a_promise_of_minutes_is_watched(caplog):

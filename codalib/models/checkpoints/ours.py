@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from codalib.base.files import atomic_folder, atomic_write, read_json, write_json
+from codalib.base.files import atomic_folder, atomic_write, read_json, sha256, write_json
 from codalib.base.paths import MANIFEST, embedded
 from codalib.models.adapters import ADAPTED_PARTS, add_adapters
 from codalib.models.checkpoints.names import (
@@ -209,7 +209,7 @@ def check_digest(vae: ContinuousVAE, config: Mapping[str, Any]) -> None:
 def save_tokenizer(tokenizer: CodaTokenizer, folder: str | Path, base: str | Path | None = None) -> None:
     """`CodaTokenizer.save_pretrained`: the quantizer, the adapters, and the base VAE or its name.
 
-    config.json records the digest of the base VAE and the folder's other files, its parts; both are checked on loading.
+    config.json records the digests of the base VAE and of the folder's other files, its parts, checked on loading.
     """
     with atomic_folder(folder) as new:
         if base is None:
@@ -222,7 +222,7 @@ def save_tokenizer(tokenizer: CodaTokenizer, folder: str | Path, base: str | Pat
         config = {
             "vae": None if base is None else str(base),
             "vae_digest": vae_digest(tokenizer.vae),
-            "parts": sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()),
+            "parts": {p.relative_to(new).as_posix(): sha256(p) for p in sorted(new.rglob("*")) if p.is_file()},
             "quantizer": tokenizer.quantizer.config(),
         }
         write_json(new / CONFIG, config)
@@ -250,6 +250,7 @@ def load_saved_tokenizer(folder: str | Path, vae: str | Path | None = None, back
         quantizer = quantizer_from_config(config["quantizer"], backend)
     weights = folder / QUANTIZER_WEIGHTS
     load_checked(quantizer, read_weights(weights), f"{weights} with its {CONFIG}")
+    check_contents(folder, config["parts"] if isinstance(config.get("parts"), Mapping) else {})
     tokenizer = CodaTokenizer(base, quantizer).eval().requires_grad_(False)
     tokenizer.base = str(source)
     return tokenizer
@@ -276,6 +277,15 @@ def check_parts(folder: Path, config: Mapping[str, Any]) -> bool:
     return adapters <= parts
 
 
+def check_contents(folder: Path, recorded: Mapping[str, str]) -> None:
+    """ValueError where a file has not the SHA-256 that a config recorded; earlier configs recorded none."""
+    if odd := [name for name, digest in recorded.items() if sha256(folder / name) != digest]:
+        raise ValueError(
+            f"{', '.join(odd)} in {folder} changed since its {CONFIG} was written, by damage or as part of another "
+            "model: copy the folder whole"
+        )
+
+
 # --- MaskGIT ----------------------------------------------------------------------------------------------------------
 def save_maskgit(model: MaskGIT, folder: str | Path, dtype: str = "float32") -> None:
     """`MaskGIT.save_pretrained`: weights, settings and `info`, replacing the folder; `dtype` is how they are stored."""
@@ -284,7 +294,8 @@ def save_maskgit(model: MaskGIT, folder: str | Path, dtype: str = "float32") -> 
     state = {name: value.to(STORED_TYPES[dtype]) for name, value in _on_cpu(model.state_dict()).items()}
     with atomic_folder(folder) as new:
         save_file(state, new / WEIGHTS)
-        write_json(new / CONFIG, {"model": model.config(), "info": model.info})
+        digest = sha256(new / WEIGHTS)
+        write_json(new / CONFIG, {"model": model.config(), "info": model.info, "digest": digest})
 
 
 def load_maskgit(folder: str | Path) -> MaskGIT:
@@ -293,9 +304,10 @@ def load_maskgit(folder: str | Path) -> MaskGIT:
     path = embedded(known) if known else model_folder(folder, lambda config: [WEIGHTS])
     if not (path / CONFIG).exists() or not (path / WEIGHTS).exists():
         raise ValueError(f"{path} holds no {CONFIG} and {WEIGHTS}: expected a folder of MaskGIT.save_pretrained")
-    config, state = read_json(path / CONFIG), read_weights(path / WEIGHTS)
+    config, state = read_json(path / CONFIG, "model", "info"), read_weights(path / WEIGHTS)
     with naming(path / CONFIG):
         model, info = MaskGIT(**config["model"], code_values=state.get("code_values")), config["info"]
     load_checked(model, state, f"{path / WEIGHTS} with its {CONFIG}")
+    check_contents(path, {WEIGHTS: config["digest"]} if "digest" in config else {})
     model.info = info
     return model.eval().requires_grad_(False)
