@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from codalib.base.files import alone, atomic_folder, atomic_write, read_json, write_json, writing
+from codalib.base.files import atomic_folder, atomic_write, read_json, write_json, writing
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE, sample_generators
 from codalib.datasets.images import (
@@ -239,7 +240,7 @@ def assemble(folder: Path) -> None:
     """
     if not (folder / SHARDS).exists():
         return
-    with writing(folder), alone(folder / ".assembling"):
+    with writing(folder), FileLock(folder / ".assembling"):
         if not (folder / COLUMNS).exists():
             paths = [_shard(folder, number) for number in range(read_json(folder / MANIFEST)["shards"])]
             if missing := [path.name for path in paths if not path.exists()]:
