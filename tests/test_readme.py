@@ -1,6 +1,7 @@
 """The Python of the README and of docs/ runs, and their commands and links exist."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -126,8 +127,8 @@ def test_the_newest_versions_are_taken_also_where_an_environment_is(tmp_path):
     (tmp_path / ".venv" / ".installed").touch()
 
     def planned(*more):
-        command = ["make", "--dry-run", "setup", *more]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        command, outer = ["make", "--dry-run", "setup", *more], os.environ | {"MAKEFLAGS": "", "LATEST": ""}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=outer).stdout
 
     assert "pip install" not in planned()
     assert "--upgrade --upgrade-strategy eager" in planned("LATEST=1")
