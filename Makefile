@@ -31,19 +31,21 @@ ONLY ?=
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse docs readme notebooks clean
+.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse docs readme notebooks clean FORCE
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml requirements.lock
+$(STAMP): pyproject.toml requirements.lock $(if $(LATEST),FORCE)
 	@if [ "$$(uname)" != Linux ]; then echo "The environment in $(VENV): 0.6 GB to download."; \
 	elif [ -n "$(TORCH_INDEX)" ]; then echo "The environment in $(VENV): about 1 GB to download, below 3 GB on disk."; \
 	else echo "The environment in $(VENV): 3.6 GB to download, 7 GB on disk."; \
 	    command -v nvidia-smi > /dev/null || echo "No NVIDIA GPU is seen: TORCH_INDEX=https://download.pytorch.org/whl/cpu spares 2.5 GB."; fi
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LATEST),,--constraint requirements.lock) \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(LATEST),--upgrade --upgrade-strategy eager,--constraint requirements.lock) \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test]"
 	touch $@
+
+FORCE:  # the newest versions are asked for again, whatever is there
 
 # Its first lines, the comment, stay.
 lock: $(STAMP)

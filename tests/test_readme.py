@@ -1,13 +1,17 @@
 """The Python of the README and of docs/ runs, and their commands and links exist."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,6 +20,7 @@ LINES = 200  # of a README that one reads to its end
 SPEC = importlib.util.spec_from_file_location("build_readme", ROOT / "docs" / "build_readme.py")
 build_readme = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(build_readme)
+ALL = len(build_readme.CLAIMS)
 TESTED_ELSEWHERE = "tokens.md"  # with tokens to read, tests/tools/test_tokens.py
 
 
@@ -59,9 +64,9 @@ def test_what_does_not_hold_comes_first_with_what_was_measured():
     own = [claim("residual_error", "holds"), claim("ladder", "holds", "a"), claim("ladder", "does not hold", "b")]
     found = build_readme.blocks([{"results": {"claims": own}}, {"results": {}}, {}])
     mixed, holds, rest = found["outcomes"].splitlines()
-    assert mixed == "- **Holds in one setting and not in another** (1 of 14): Each step of the ablation helps."
-    assert holds.startswith("- **Holds** (1 of 14)")
-    assert rest.startswith("- **Not checked** (12 of 14)")
+    assert mixed == f"- **Holds in one setting and not in another** (1 of {ALL}): Each step of the ablation helps."
+    assert holds.startswith(f"- **Holds** (1 of {ALL})")
+    assert rest.startswith(f"- **Not checked** ({ALL - 2} of {ALL})")
     assert found["claims"].splitlines() == [
         build_readme.HEAD.splitlines()[0],
         build_readme.HEAD.splitlines()[1],
@@ -84,7 +89,7 @@ def test_what_a_run_could_not_test_leaves_the_other_verdicts_as_they_are():
 def test_verdicts_with_a_p_are_corrected_for_their_number_as_the_report_does():
     own = [claim("residual_error", "holds", p=0.04, detail=""), claim("attention_error", "holds", p=0.03, detail="")]
     found = build_readme.blocks([{"results": {"claims": own}}])
-    assert found["outcomes"].startswith("- **Undecided** (2 of 14)")
+    assert found["outcomes"].startswith(f"- **Undecided** (2 of {ALL})")
     assert "| is undecided (1) | error once |" in found["claims"]
 
 
@@ -112,6 +117,38 @@ def test_its_notebooks_and_profiles_exist():
             assert (ROOT / path).exists(), (page, path)
     listed = (ROOT / "docs" / "contents.md").read_text()
     assert [path.name for path in (ROOT / "notebooks").glob("*.ipynb") if path.name not in listed] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")
+def test_the_newest_versions_are_taken_also_where_an_environment_is(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+
+    def planned(*more):
+        command, outer = ["make", "--dry-run", "setup", *more], os.environ | {"MAKEFLAGS": "", "LATEST": ""}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=outer).stdout
+
+    assert "pip install" not in planned()
+    assert "--upgrade --upgrade-strategy eager" in planned("LATEST=1")
+    assert "--constraint" not in planned("LATEST=1")
+    (tmp_path / "requirements.lock").touch()
+    assert "--constraint requirements.lock" in planned()
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_the_lock_has_a_fitting_version_of_each_dependency(python, system):
+    here = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": system}
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = [Requirement(line) for line in lines if not line.startswith("#")]
+    locked = {one.name: one.specifier for one in locked if one.marker is None or one.marker.evaluate(here)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in map(Requirement, sum(project["optional-dependencies"].values(), project["dependencies"])):
+        (pin,) = locked[canonicalize_name(wanted.name)]
+        assert pin.operator == "=="
+        assert wanted.specifier.contains(pin.version), wanted
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")

@@ -102,16 +102,6 @@ def release(lock: Path) -> None:
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """A block that one process at a time is in, of all that name the file LOCK; the others wait."""
-    import fcntl  # here alone, as above
-
-    with open(lock, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Make FOLDER, and test that it can be written; errors of the system become one sentence that names it."""
     try:

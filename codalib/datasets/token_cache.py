@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from codalib.base.files import alone, atomic_folder, atomic_write, read_json, write_json, writing
+from codalib.base.files import atomic_folder, atomic_write, read_json, write_json, writing
 from codalib.base.processes import make_accelerator
 from codalib.base.seeds import SEED_STRIDE, check_seed, sample_generators
 from codalib.datasets.images import (
@@ -251,7 +252,7 @@ def assemble(folder: Path) -> None:
     """
     if not (folder / SHARDS).exists():
         return
-    with writing(folder), alone(folder / ".assembling"):
+    with writing(folder), FileLock(folder / ".assembling"):
         if not (folder / COLUMNS).exists():
             manifest = read_json(folder / MANIFEST, "shards")
             paths = [_shard(folder, number) for number in range(manifest["shards"])]

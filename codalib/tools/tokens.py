@@ -89,7 +89,7 @@ def decode(arguments: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(find_model(given.tokenizer))
         cache = TokenCache.open(given.tokens, tokenizer_hash(tokenizer))
         tokenizer.to(compute_device())
-        rows = range(len(cache))[: given.limit]
+        rows, began = range(len(cache))[: given.limit], time.monotonic()
         for start in tqdm(range(0, len(rows), given.batch_size), desc="decoding", mininterval=2.0):
             own = rows[start : start + given.batch_size]
             levels = split_levels(cache.batch(own)["tokens"].to(compute_device()), cache.scales)
@@ -100,7 +100,7 @@ def decode(arguments: Sequence[str] | None = None) -> int:
                     file.write(png(to_bytes(image)))
     except (ValueError, OSError) as error:
         return _failed(error)
-    log.info("%s: %d images", given.out, len(rows))
+    log.info("%s: %d images, %.1f a second", given.out, len(rows), len(rows) / (time.monotonic() - began))
     return 0
 
 

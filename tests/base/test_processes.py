@@ -15,7 +15,8 @@ def write_number(folder):
     total = torch.tensor(state.process_index + 1.0)
     if state.num_processes > 1:
         torch.distributed.all_reduce(total)
-    (folder / f"{state.process_index}").write_text(f"{state.num_processes} {total.item():g}")
+    said = f"{state.num_processes} {total.item():g}, {torch.get_num_threads()} threads"
+    (folder / f"{state.process_index}").write_text(said)
 
 
 def write_patience(folder):
@@ -66,8 +67,9 @@ def test_modules_are_handed_over_as_copies_on_the_processor(tmp_path):
 def test_processes_find_each_other_and_say_what_they_took(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # listed by a driver that is too old for torch
     monkeypatch.setattr(hardware, "RANK_PEAKS", {1: {"peak_memory_bytes": 2**50, "peak_gpu_memory_bytes": 7}})
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # of all together, on a machine with GPUs as well
     launch(write_number, 2, tmp_path)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2 3", "1": "2 3"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("01", "2 3, 1 threads")
     assert "RANK" not in os.environ
     first, second = hardware.RANK_PEAKS[0], hardware.RANK_PEAKS[1]
     assert 50e6 < first["peak_memory_bytes"] < 50e9

@@ -55,8 +55,10 @@ def test_encode_writes_every_image_and_goes_on_where_it_stopped(encoded, caplog)
     assert encode(encoded, "--seed", "1") == 1  # other settings, another folder
 
 
-def test_decode_writes_what_the_tokenizer_decodes(encoded, tmp_path):
+def test_decode_writes_what_the_tokenizer_decodes(encoded, tmp_path, caplog):
+    caplog.set_level("INFO")
     assert decode(encoded, tmp_path / "all") == 0
+    assert re.search(rf"all: {LIMIT} images, \d+\.\d a second", caplog.text)
     assert decode(encoded, tmp_path / "some", "--limit", "2", "--levels", "3") == 0
     cache, tokenizer = TokenCache.open(encoded), load_tokenizer("emoji-small")
     with torch.inference_mode():
