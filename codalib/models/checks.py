@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMAGE_BOUND = 1.5  # of values around [-1, 1]: a decoder overshoots; ImageNet's normalisation reaches 2.6
+IMAGE_BOUND = 2.0  # of values around [-1, 1]: a decoder overshoots; ImageNet's normalisation reaches 2.6
 LEAST_TEMPERATURE = 1e-30  # logits divided by less overflow
 
 
