@@ -22,7 +22,7 @@ REPORT = ROOT / "reports" / "emoji-long" / "manifest.json"
 TABLE_1 = REPORT.parent / "tables" / "table1_ablation-table1.csv"
 COLUMNS = {  # of Table 1 -> heading and decimals
     "quantization_error": ("quantization error", 4),
-    "fd_effnet": ("fd_effnet", 1),
+    "fd_effnet@128": ("fd_effnet@128", 1),
     "psnr": ("PSNR, dB", 2),
     "ssim": ("SSIM", 3),
     "utilization": ("codes used", 3),
