@@ -206,7 +206,8 @@ class AdaptedTrials:
         try:
             start = None  # from scratch there are no latents to start on
             if own.adapters != SCRATCH:
-                start = fit_quantizer(fit, data.latents, self.work / f"fit-{fit.kind}-{fit.seed}")
+                place = self.work / f"fit-{fit.kind}-{fit.seed}"
+                start = fit_quantizer(fit, data.latents, place, source=data.digest)
             tokenizer = train_tokenizer(own, data.vae, data.train, curve_images, folder, start)
         except NonFiniteLoss as error:
             shutil.rmtree(folder, ignore_errors=True)

@@ -199,7 +199,7 @@ class Factorial:
         return found | {"curve": curve, "seconds": seconds}
 
     def _quantizer(self, settings: QuantizerSettings, folder: Path) -> ResidualQuantizer:
-        return fit_quantizer(settings, self.data.train, folder, snapshots=self._snapshots(settings))
+        return fit_quantizer(settings, self.data.train, folder, self._snapshots(settings), self.data.digest)
 
     def _snapshots(self, settings: QuantizerSettings) -> list[int]:
         return [step for step in sorted({0, *self.scored}) if step < settings.steps]

@@ -141,7 +141,8 @@ class TokenizerTrials:
         quantizer = None
         if self.latents is not None and own.adapters != SCRATCH:
             settings = self.fit.quantizer(own, log_every)
-            quantizer = fit_quantizer(settings, self.latents, self.folder / "fits" / start)
+            place, source = self.folder / "fits" / start, self.train.content_digest
+            quantizer = fit_quantizer(settings, self.latents, place, source=source)
         place = f"{name.replace(', ', '-').replace(' ', '-')}-rate-{own.learning_rate:g}-seed-{own.seed}"
         arguments = own, self.vae, self.train, self.val, self.folder / place, quantizer
         launch(train_and_save, self.processes, *arguments)

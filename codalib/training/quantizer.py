@@ -36,6 +36,7 @@ class QuantizerStage(Stage):
         self,
         settings: QuantizerSettings,
         latents: Tensor,
+        source: str,
         folder: str | Path,
         snapshots: Sequence[int],
     ):
@@ -46,7 +47,7 @@ class QuantizerStage(Stage):
         optimizer = build_adamw(self.quantizer.parameters(), settings, weight_decay=settings.weight_decay)
         if settings.start == "data":
             start_from_data(self.quantizer, latents, settings.seed)
-        inputs = {"latents": outline(latents)} | ({"snapshots": list(snapshots)} if snapshots else {})
+        inputs = {"latents": outline(latents), "source": source} | ({"snapshots": list(snapshots)} if snapshots else {})
         self.trainer = Trainer(settings, folder, self.accelerator, self.quantizer, {"quantizer": optimizer}, **inputs)
 
     def batches(self, first: int) -> Iterator[Tensor]:
@@ -75,16 +76,18 @@ def fit_quantizer(
     latents: Tensor,
     folder: str | Path,
     snapshots: Sequence[int] = (),
+    source: str = "",
 ) -> ResidualQuantizer:
     """Train a quantizer on latents (N, C, H, W) alone, with the quantization and entropy terms of Eq. 9-11.
 
     The image terms of Eq. 9 are left out, which makes a step two orders of magnitude cheaper: the way to compare
     quantizers on a frozen VAE and to give `train_tokenizer` a start. Resumes what `folder` holds; returns the averaged
     weights where `settings.ema` asks for them. The weights after each number of steps in `snapshots` (0: before
-    training; not averaged) stay in `folder` as snapshot-STEP.safetensors.
+    training; not averaged) stay in `folder` as snapshot-STEP.safetensors. `source` is a digest of the images behind the
+    latents, of which `outline` does not see a single one: another one's run in `folder` is not resumed.
     """
     if odd := [step for step in snapshots if not 0 <= step < settings.steps]:
         raise ValueError(f"snapshots after {odd} steps asked for, expected from 0 to below {settings.steps}, the steps")
-    stage = QuantizerStage(settings, latents, folder, snapshots)
+    stage = QuantizerStage(settings, latents, source, folder, snapshots)
     stage.trainer.run(stage, settings.kind)
     return stage.quantizer.eval()

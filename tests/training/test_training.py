@@ -422,6 +422,16 @@ def test_the_last_bits_of_latents_do_not_make_another_run(stopped):
     assert outline(latents) != outline(latents.flip(0))
 
 
+def test_latents_of_other_images_are_another_run_whatever_their_averages(tmp_path):
+    latents = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    moved = latents.clone()
+    moved[3, 0, 0, 0] += 1e-4  # one of thousands of images replaced moves their averages no further
+    assert outline(latents) == outline(moved)
+    one, again = (fit_quantizer(LOOP, x, tmp_path, source=name) for x, name in ((latents, "a"), (moved, "b")))
+    assert len(list(tmp_path.glob("checkpoints/*/"))) == 2
+    assert not same(one.state_dict(), again.state_dict())
+
+
 def test_other_inputs_are_another_run(vae, images, tmp_path):
     """A stage goes on from the checkpoints of its own inputs alone, each of which decides the result."""
     latents, small = torch.randn(4, 16, 8, 8), {"steps": 1, "batch_size": 1}
@@ -439,7 +449,7 @@ def test_other_inputs_are_another_run(vae, images, tmp_path):
     stages = {
         "VAE": (VaeStage, pretrain, [*images, None], [*other_images, (2, vae)]),
         "VAE that goes on": (VaeStage, pretrain, [*images, vae], [(2, moved)]),
-        "quantizer": (QuantizerStage, quantizer, [latents, ()], [(0, 2 * latents), (1, (0,))]),
+        "quantizer": (QuantizerStage, quantizer, [latents, "", ()], [(0, 2 * latents), (1, "x"), (2, (0,))]),
         "tokenizer": (
             TokenizerStage,
             SMALL,
