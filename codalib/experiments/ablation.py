@@ -48,7 +48,8 @@ def ablation_rows(
 ) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Of the rows of `Factorial.run` those that stand for a method of `METHODS`: (method, setting, row), seed by seed.
 
-    Of a kind's two starts the one whose best has the lower error on the choosing images stands, at both settings.
+    At the best, of a kind's two starts the one with the lower error on the choosing images stands. At the paper's
+    setting codes start at random, as the paper's do; where no such trial is, as those at the best.
 
     Args:
         one_level, levels: names of the grids of the methods with one level and with residual levels.
@@ -66,6 +67,8 @@ def ablation_rows(
             if name == "best":
                 first = [row for row in cell if row["settings"]["seed"] == cell[0]["settings"]["seed"]]  # as the claims
                 start = min(first, key=lambda row: row["choose"]["relative_error"])["settings"]["start"]
+            elif any(row["settings"]["start"] == "random" for row in cell):
+                start = "random"
             found += [(method, setting, row) for row in cell if row["settings"]["start"] == start]
     return found
 

@@ -39,12 +39,16 @@ def whole_factorial():
     ]
 
 
-def test_each_method_is_a_cell_of_the_factorial_at_its_better_start():
-    rows = ablation_rows(whole_factorial(), "flat", "deep")
+@pytest.mark.parametrize("without", [(), [("nearest", "random")]], ids=["both starts", "nearest from data alone"])
+def test_each_method_is_a_cell_of_the_factorial_at_its_better_start_and_the_papers_from_random_codes(without):
+    whole = [own for own in whole_factorial() if own["name"][1:3] not in without]
     cells = {VQ: ("flat", "nearest", "data"), ONE_LEVEL_ATTENTION: ("flat", "attention", "data")}
     cells |= {RESIDUAL: ("deep", "nearest", "data"), ATTENTION: ("deep", "attention", "random")}
+    starts = {(method, BEST): start for method, (_, _, start) in cells.items()}
+    starts |= {(method, PAPER): "data" if without and cells[method][1] == "nearest" else "random" for method in cells}
+    rows = ablation_rows(whole, "flat", "deep")
     assert [(method, setting, own["name"]) for method, setting, own in rows] == [
-        (method, setting, (*cells[method], name, seed))
+        (method, setting, (*cells[method][:2], starts[method, setting], name, seed))
         for method in METHODS
         for setting, name in ((BEST, "best"), (PAPER, "paper"))
         for seed in (0, 1)
