@@ -35,6 +35,7 @@ from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_tokens
 from codalib.evaluation.generation_metrics import LinearProbe, Reference, nearest
 from codalib.evaluation.metrics import COVARIANCE_IMAGES, FrechetDistance, build_frechet
 from codalib.evaluation.results import digest, is_cached, read_results, result_file
+from codalib.kernels.decoding import compile_decoding
 from codalib.models.checkpoints import find_model, load_tokenizer
 from codalib.models.maskgit import Condition, MaskGIT
 from codalib.models.sampling import generate
@@ -72,6 +73,7 @@ class GenerationSettings:
     frechet_resolution: int = 224  # side of EfficientNet's input, pixels
     neighbours: int = 3  # of precision and recall
     seed: int = 0  # of the samples' noise
+    compile: bool = False  # the generator's code by torch.compile, CUDA graphs included: minutes at first, then faster
 
     def load_images(self, side: int) -> tuple[ImageDataset, ImageDataset | None]:
         """The validation images at SIDE pixels, and the training images of the probe and the copies, if any."""
@@ -315,11 +317,14 @@ class Sampler:
             captions = CaptionTable(encoder, [item.caption for item in inputs.val.items])
         state = sorted(model.state_dict().items())
         weights = hashlib.sha256(b"".join(v.cpu().contiguous().numpy().tobytes() for _, v in state)).hexdigest()
+        if inputs.settings.compile:
+            compile_decoding(model)
         return cls(inputs, model.to(inputs.device), captions, weights)
 
     def method(self, config: SamplerConfig) -> Method:
         settings, images = self.inputs.settings, asked_images(self.inputs.samples, len(self.inputs.val))
         key = self.inputs.tokenizer_hash, self.weights, asdict(config), settings.seed
+        key += ("compiled",) * settings.compile  # it rounds otherwise
         return Method("samples", self.inputs.val.labels[images], partial(self._draw, config, images), key)
 
     def _draw(self, config: SamplerConfig, images: Tensor, numbers: range) -> Iterator[Batch]:

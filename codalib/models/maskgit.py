@@ -18,7 +18,7 @@ from codalib.models.checks import check_condition, check_tokens, check_width, wh
 from codalib.models.hub import OnHub
 from codalib.models.latent_context import CodeValues
 from codalib.models.tokens import token_levels
-from codalib.models.transformer import INITIAL_STD, Block, initialise
+from codalib.models.transformer import INITIAL_STD, Block, Blocks, initialise
 
 # width, depth, heads. L is the paper's: 195M with 16,384 codes. The paper gives no size for S: this is the width and
 # the heads of U-ViT-S, beside which it stands in Table 5. XS is for the embedded emoji on a processor.
@@ -71,7 +71,7 @@ class MaskGIT(OnHub, CodeValues):
         self.info: dict[str, Any] = {}  # what else is saved beside the weights, such as the tokenizer's hash
         self._build_embeddings(code_values, latent_context)
         self.input_norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.blocks = Blocks(Block(width, heads, dropout) for _ in range(depth))
         self.output_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, codebook_size)
         self.add_context(width)
@@ -133,9 +133,7 @@ class MaskGIT(OnHub, CodeValues):
                 attended = torch.cat([visible, visible.new_ones(tokens.shape)], dim=1)[:, None, None]  # (B, 1, 1, T+L)
         elif condition is not None:
             x = torch.cat([self.classes(condition.masked_fill(dropped, self.num_classes))[:, None], x], dim=1)
-        x = self.dropout(self.input_norm(x))
-        for block in self.blocks:
-            x = block(x, attended)
+        x = self.blocks(self.dropout(self.input_norm(x)), attended)
         return self.output_norm(x[:, -self.num_tokens :])
 
     def logits(self, features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""MaskGIT's transformer block, and how its layers start."""
+"""MaskGIT's transformer blocks, and how their layers start."""
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,15 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)  # (B, heads, L, D / heads)
         x = x + self.dropout(self.project(mixed.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
+
+
+class Blocks(nn.ModuleList):
+    """Blocks one after the other; called as each of them is."""
+
+    def forward(self, x: Tensor, attended: Tensor | None) -> Tensor:
+        for block in self:
+            x = block(x, attended)
+        return x
 
 
 def initialise(module: nn.Module) -> None:

@@ -220,6 +220,18 @@ def test_what_is_measured_is_not_measured_again(models, measured, monkeypatch):
         evaluate_maskgit(SETTINGS, *models[:2], {"new": SamplerConfig(steps=1)}, measured)
 
 
+def test_compiled_samples_are_kept_apart(models, measured, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("codalib.evaluation.generation.compile_decoding", compiled.append)
+    shutil.copytree(measured, tmp_path / "measured")
+    samples = {*(tmp_path / "measured").rglob("samples-*.safetensors")}
+    assert samples
+    settings = dataclasses.replace(SETTINGS, compile=True)
+    evaluate_maskgit(settings, *models[:2], SAMPLERS, tmp_path / "measured")
+    assert len(compiled) == 1
+    assert len({*(tmp_path / "measured").rglob("samples-*.safetensors")}) == 2 * len(samples)
+
+
 def test_damaged_features_are_drawn_again_with_a_warning(models, measured, tmp_path, caplog):
     shutil.copytree(measured, tmp_path / "damaged")
     for file in (tmp_path / "damaged" / "generated").glob("guidance-2-*.json"):

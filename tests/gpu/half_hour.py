@@ -31,6 +31,7 @@ VARIANTS = {  # how a training step is made -> settings that differ
     "gradient checkpointing": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
 }
+SAMPLING = {"sampling": "eager", "sampling, CUDA graph": "compiled"}
 MODELS = {"MAR": ("imagenet-mar-16384", 16), "FLUX": ("imagenet-flux-65536", 8)}  # profile, images a step
 
 
@@ -47,7 +48,7 @@ def parts(out: Path, tiny: bool) -> dict[str, list[str]]:
     for model in ("MAR",) if tiny else MODELS:
         for variant in list(VARIANTS)[: 2 if tiny else None]:
             commands[f"step {model}, {variant}"] = [*own, "--step", model, variant]
-    commands["sampling"] = [*own, "--sampling"]
+    commands |= {name: [*own, "--sampling", how] for name, how in SAMPLING.items()}
     commands["bench"] = [python, "-m", "codalib", "bench", *(["--quick"] * tiny)]
     stage = ["notebooks/01_quantizer_factorial.ipynb"] if tiny else ["--profile", "emoji-long", "--exclusive"]
     commands["emoji-long"] = [python, "-m", "codalib", "run", *stage]
@@ -129,11 +130,12 @@ def training_step(model: str, variant: str, work: Path, tiny: bool) -> dict[str,
     return found | {"batch": settings.batch_size, "precision": settings.precision, "networks": networks}
 
 
-def sampling(tiny: bool) -> dict[str, float | str | None]:
+def sampling(how: str, tiny: bool) -> dict[str, float | str | None]:
     """Tokens of MaskGIT-L drawn in 8 steps with guidance, random weights."""
     import torch
 
     from codalib.base.hardware import compute_device
+    from codalib.kernels.decoding import compile_decoding
     from codalib.models.maskgit import MaskGIT
     from codalib.models.quantizer import MAR_SCALES
     from codalib.models.sampling import generate
@@ -142,6 +144,8 @@ def sampling(tiny: bool) -> dict[str, float | str | None]:
     size = {"width": 32, "depth": 1, "heads": 2} if tiny else {}
     model = MaskGIT.preset("L", 16384, MAR_SCALES, num_classes=1000, **size).to(device).eval().requires_grad_(False)
     labels = torch.arange(batch, device=device)
+    if how == "compiled":
+        compile_decoding(model)
 
     def draw() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -175,11 +179,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.5, help="that one call may take (9.5)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a processor too")
     parser.add_argument("--step", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
-    parser.add_argument("--sampling", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--sampling", choices=SAMPLING.values(), help=argparse.SUPPRESS)
     given = parser.parse_args()
     out = given.out.resolve()
     if given.step or given.sampling:
-        row = training_step(*given.step, out / "work", given.tiny) if given.step else sampling(given.tiny)
+        row = (
+            training_step(*given.step, out / "work", given.tiny) if given.step else sampling(given.sampling, given.tiny)
+        )
         print(f"\n{json.dumps(row)}")
         return 0
     import torch

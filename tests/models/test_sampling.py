@@ -1,3 +1,5 @@
+import copy
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -5,6 +7,7 @@ from hypothesis import given, settings
 from torch.nn import functional as F
 
 from codalib.base.seeds import sample_generators
+from codalib.kernels.decoding import compile_decoding
 from codalib.models import sampling as sample
 from codalib.models.editing import keep_outside, with_token
 from codalib.models.maskgit import MaskGIT, TextCondition
@@ -119,6 +122,22 @@ def test_a_sample_depends_on_its_own_seed_and_label_alone(model):
     again = draw(model, steps=6, guidance=1.0)
     assert torch.equal(again, whole)
     assert not torch.equal(draw(model, steps=6, guidance=1.0, seed=1), whole)
+
+
+def test_compiled_decoding_draws_the_same(model, monkeypatch):
+    compile_, modes, graphs = torch.compile, [], []
+
+    def graph_alone(run, mode):
+        modes.append(mode)
+        return compile_(run, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", graph_alone)
+    compiled = copy.deepcopy(model)
+    compile_decoding(compiled)
+    assert modes == ["reduce-overhead"]  # CUDA graphs, where there is CUDA
+    for guidance in (0.0, 1.0):
+        assert torch.equal(draw(compiled, steps=6, guidance=guidance), draw(model, steps=6, guidance=guidance))
+    assert graphs
 
 
 def test_one_generator_seeds_all_samples(model):
