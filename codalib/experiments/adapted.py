@@ -237,20 +237,40 @@ class AdaptedTrials:
         return {"test": scores | means | self.data.distances(features)} | each
 
 
+def finished(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Cell -> its trials at the best, one a seed, of the seeds that every cell has a finished trial of."""
+    of_seed: dict[str, dict[int, Mapping[str, Any]]] = {cell: {} for cell in CELLS}
+    for row in rows:
+        if row["setting"] == "best" and "test" in row:  # a loss that was not finite leaves none
+            of_seed[row["cell"]][row["settings"]["seed"]] = row
+    seeds = sorted(set.intersection(*map(set, of_seed.values())))
+    return {cell: [own[seed] for seed in seeds] for cell, own in of_seed.items()}
+
+
 def adapted_claims(rows: Sequence[Mapping[str, Any]], data: AdaptedData) -> list[dict[str, Any]]:
     """The verdicts on the claims that the rows of `AdaptedTrials.run` bear on, at the best of each cell.
 
-    Gains of an image's own scores are means over its concept, (seeds, concepts); distances have one gain a seed.
+    Gains of an image's own scores are means over its concept, (seeds, concepts); distances have one gain a seed. On the
+    frozen VAE the assignments are compared by the error in its latents; adapted ones, whose encoders differ, by the
+    decoded images. No claims where no seed has every cell.
     """
+    best = finished(rows)
+    if not all(best.values()):
+        return []
     frechet = next(iter(data.floor))
-    best = {cell: [row for row in rows if row["cell"] == cell and row["setting"] == "best"] for cell in CELLS}
     found = Compared(best, [item.group or item.name for item in data.test.items])
     ceiling = data.distances(image_scores(data.vae, data.test, None, data.distance)[1])[frechet]
+    own = best["attention, both adapted"][0]["settings"]
+    spent = f"all losses, {own['steps']:,} steps of {own['batch_size']} images"
     claims = []
     for part in ("frozen VAE", "both adapted"):
-        pair, setting = (f"nearest, {part}", f"attention, {part}"), f"{part}, all losses"
-        falls = {"relative_error": found.error_falls(*pair), frechet: found.gains(frechet, *pair)}
-        claims.append(claim_verdict("attention_error", falls, found.change("relative_error", *pair), setting=setting))
+        pair, setting = (f"nearest, {part}", f"attention, {part}"), f"{part}, {spent}"
+        parts = {"relative_error": found.error_falls(*pair)}
+        if part == "both adapted":
+            parts = {"psnr": found.by_group(pair[1], "test_psnr") - found.by_group(pair[0], "test_psnr")}
+        text = ", ".join(found.change(name, *pair) for name in ("relative_error", "psnr", frechet))
+        parts[frechet] = found.gains(frechet, *pair)
+        claims.append(claim_verdict("attention_error", parts, text, setting=setting))
         used = {
             "utilization": found.gains("utilization", *pair),
             "utilization floor": [own - USED for own in found.of(pair[1], "utilization")],
@@ -262,8 +282,9 @@ def adapted_claims(rows: Sequence[Mapping[str, Any]], data: AdaptedData) -> list
     closed = [(before - after) / (before - ceiling) - 0.5 for before, after in ends]
     text = f"{found.change(frechet, *pair)}, the VAE itself {ceiling:.4g}"
     parts = {frechet: found.gains(frechet, *pair), "gap closed": closed}
-    claims.append(claim_verdict("adaptation_closes_gap", parts, text, setting="all losses"))
+    claims.append(claim_verdict("adaptation_closes_gap", parts, text, setting=spent))
     pair = "attention, encoder adapted", "attention, decoder adapted"
     gained = found.by_group(pair[1], "test_psnr") - found.by_group(pair[0], "test_psnr")
-    parts, text = {frechet: found.gains(frechet, *pair), "psnr": gained}, found.change("psnr", *pair)
-    return [*claims, claim_verdict("decoder_over_encoder", parts, text, setting="all losses")]
+    parts = {frechet: found.gains(frechet, *pair), "psnr": gained}
+    text = f"{found.change(frechet, *pair)}, {found.change('psnr', *pair)}"
+    return [*claims, claim_verdict("decoder_over_encoder", parts, text, setting=spent)]

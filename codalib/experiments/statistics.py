@@ -116,8 +116,9 @@ def claim_verdict(
         setting: of a claim that is judged more than once, what this time is, such as "at the paper's setting".
         not_tested: why this run cannot test the claim, and what would; the verdict is then "not tested".
 
-    Below three seeds the verdict is "not tested". Returns {"id", "setting", "verdict", "p": two-sided, before Holm's
-    correction, None where nothing is tested, "parts": each one's gain, interval and verdict, "effect", "detail"}.
+    Below three seeds a part is not tested, and then the claim is not, unless another part already fails. Returns {"id",
+    "setting", "verdict", "p": two-sided, before Holm's correction, None where nothing is tested, "parts": each tested
+    one's gain, interval and verdict, "effect", "detail"}.
     """
     if claim not in CLAIMS:
         raise ValueError(f"expected a claim of {', '.join(CLAIMS)}, got {claim!r}")
@@ -125,18 +126,20 @@ def claim_verdict(
     if not tables or not all(table.size and np.isfinite(table).all() for table in tables.values()):
         raise ValueError(f"expected finite gains for each part of claim {claim!r}, got {dict(parts)}")
     found = {"id": claim, "setting": setting, "effect": effect}
+    enough = {name: gains for name, gains in tables.items() if len(gains) >= SEEDS_FOR_A_TEST and not not_tested}
+    judged = {name: _judge(gains, smallest_gain(name)) for name, gains in enough.items()}
+    verdicts = [part["verdict"] for part in judged.values()]
     seeds = min(map(len, tables.values()))
-    if seeds < SEEDS_FOR_A_TEST or not_tested:
+    if len(enough) < len(tables) and FAILS not in verdicts:
         why = not_tested or f"{seeds} seed{'s' * (seeds > 1)}; a test takes {SEEDS_FOR_A_TEST}."
         return found | {"verdict": NOT_TESTED, "p": None, "parts": {}, "detail": f"{detail} {why}".strip()}
-    judged = {name: _judge(gains, smallest_gain(name)) for name, gains in tables.items()}
-    verdicts = [part["verdict"] for part in judged.values()]
     verdict = FAILS if FAILS in verdicts else HOLDS if set(verdicts) == {HOLDS} else UNDECIDED
     p = 1.0
     if verdict == HOLDS:  # all of them, so the largest
         p = max(part["p"] for part in judged.values())
     elif verdict == FAILS:  # one of several, so Bonferroni's
-        p = min(1.0, len(judged) * min(part["p"] for part in judged.values() if part["verdict"] == FAILS))
+        p = min(1.0, len(tables) * min(part["p"] for part in judged.values() if part["verdict"] == FAILS))
+    seeds = min(map(len, enough.values()))
     why = f"{seeds} seeds; {_in_words(judged, verdict)}."
     return found | {"verdict": verdict, "p": p, "parts": judged, "detail": f"{detail} {why}".strip()}
 
@@ -170,6 +173,10 @@ def corrected(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for i, claim in enumerate(claims):
         row = dict(claim) | {"adjusted_p": adjusted.get(i)}
         if i not in adjusted:
+            if row["verdict"] != NOT_TESTED:  # of the rules before there were intervals
+                row["detail"] = (
+                    f"{row['detail']} Its page's verdict is of an earlier rule; the page is to be made anew."
+                )
             row["verdict"] = NOT_TESTED
         elif row["verdict"] != UNDECIDED and adjusted[i] >= SIGNIFICANCE:
             row["detail"] = f"{row['detail']} Not beyond chance after Holm's correction (p = {adjusted[i]:.2g})."

@@ -11,7 +11,7 @@ from codalib import load_dataset, load_tokenizer, load_vae
 from codalib.base.files import read_json
 from codalib.base.paths import project_folder
 from codalib.evaluation.metrics import build_frechet
-from codalib.experiments.adapted import CELLS, PROTOCOL, AdaptedData, AdaptedTrials, adapted_claims
+from codalib.experiments.adapted import CELLS, PROTOCOL, AdaptedData, AdaptedTrials, adapted_claims, finished
 from codalib.experiments.trials import TrialFolder
 from codalib.training.settings import TokenizerSettings
 
@@ -146,6 +146,7 @@ def test_claims_by_hand(data):
         {
             "cell": cell,
             "setting": "best",
+            "settings": {"seed": seed, "steps": 7, "batch_size": 2},
             "test": {"relative_error": e, "psnr": p, frechet: d + seed, "utilization": 0.99},
             "test_errors": [e + 0.001 * seed] * 5,
             "test_psnr": [p + 0.01 * seed] * 5,
@@ -154,12 +155,23 @@ def test_claims_by_hand(data):
         for seed in range(3)
     ]
     verdicts = {(claim["id"], claim["setting"]): claim for claim in adapted_claims(rows, data)}
-    assert verdicts["attention_error", "frozen VAE, all losses"]["verdict"] == "holds"
-    assert verdicts["attention_error", "both adapted, all losses"]["verdict"] == "does not hold"
-    assert verdicts["decoder_over_encoder", "all losses"]["verdict"] == "holds"
-    closed = verdicts["adaptation_closes_gap", "all losses"]["parts"]["gap closed"]["gain"]
-    ceiling = float(verdicts["adaptation_closes_gap", "all losses"]["effect"].split()[-1])
+    spent = "all losses, 7 steps of 2 images"
+    assert verdicts["attention_error", f"frozen VAE, {spent}"]["verdict"] == "holds"
+    assert set(verdicts["attention_error", f"frozen VAE, {spent}"]["parts"]) == {"relative_error", frechet}
+    adapted = verdicts["attention_error", f"both adapted, {spent}"]
+    assert adapted["verdict"] == "does not hold"
+    assert set(adapted["parts"]) == {"psnr", frechet}  # the latents are those of two encoders
+    assert adapted["parts"]["psnr"]["gain"] == 0
+    assert verdicts["decoder_over_encoder", spent]["verdict"] == "holds"
+    closed = verdicts["adaptation_closes_gap", spent]["parts"]["gap closed"]["gain"]
+    ceiling = float(verdicts["adaptation_closes_gap", spent]["effect"].split()[-1])
     assert closed == pytest.approx((801 - 311) / (801 - ceiling) - 0.5, abs=2e-3)
+    failed = next(row for row in rows if row["cell"] == "attention, frozen VAE" and row["settings"]["seed"] == 1)
+    del failed["test"]  # a loss that was not finite: its seed is compared in no cell
+    seeds = {cell: [row["settings"]["seed"] for row in own] for cell, own in finished(rows).items()}
+    assert seeds == {cell: [0, 2] for cell in CELLS}
+    assert {claim["verdict"] for claim in adapted_claims(rows, data)} == {"not tested"}
+    assert adapted_claims([row for row in rows if row["cell"] != "attention, frozen VAE"], data) == []
 
 
 def test_the_digest_changes_with_what_decides(data):

@@ -134,6 +134,19 @@ def test_a_verdict_says_what_decides():
     assert bad["p"] == pytest.approx(min(1, 3 * bad["parts"]["psnr: c"]["p"]))
 
 
+def test_a_part_of_few_seeds_leaves_a_claim_open_unless_another_part_fails():
+    good, bad, few = [0.3, 0.31, 0.29], [-0.3, -0.31, -0.29], [0.3]
+    open_ = claim_verdict("ladder", {"psnr: a": good, "psnr: b": few}, "")
+    assert (open_["verdict"], open_["detail"]) == (NOT_TESTED, "1 seed; a test takes 3.")
+    failed = claim_verdict("ladder", {"psnr: a": good, "psnr: b": few, "psnr: c": bad}, "")
+    assert failed["verdict"] == FAILS
+    assert list(failed["parts"]) == ["psnr: a", "psnr: c"]
+    assert failed["p"] == pytest.approx(min(1, 3 * failed["parts"]["psnr: c"]["p"]))
+    assert "3 seeds; of 2 parts psnr: c decides" in failed["detail"]
+    reason = claim_verdict("ladder", {"psnr": bad}, "", not_tested="No run.")
+    assert (reason["verdict"], reason["detail"]) == (NOT_TESTED, "No run.")
+
+
 def test_a_claim_in_parts_is_decided_part_by_part():
     good, bad, open_ = [0.3, 0.31, 0.29], [-0.3, -0.31, -0.29], [0.3, 0.9, -0.5]
     verdict = {
@@ -152,6 +165,7 @@ def test_what_falls_under_holms_correction_is_undecided():
     claims = [base | {"verdict": HOLDS, "p": 0.03}, base | {"verdict": FAILS, "p": 0.001}, base | {"verdict": HOLDS}]
     first, second, old = corrected(claims)
     assert (first["verdict"], second["verdict"], old["verdict"]) == (HOLDS, FAILS, NOT_TESTED)
+    assert "earlier rule" in old["detail"]
     assert second["adjusted_p"] == pytest.approx(0.002)
     first, second, _ = corrected([base | {"verdict": HOLDS, "p": p} for p in (0.03, 0.02, 0.9)])
     assert (first["verdict"], second["verdict"]) == (UNDECIDED, UNDECIDED)
