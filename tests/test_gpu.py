@@ -3,10 +3,13 @@
 The first test shows that all others see none.
 """
 
+import contextlib
 import os
 import runpy
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -105,20 +108,43 @@ def test_half_an_hour_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return None if name == "sampling" and calls.count(name) == 1 else int(name == "tests")
 
     monkeypatch.setitem(own, "run_part", run_part)
-    monkeypatch.setattr(sys, "argv", ["half_hour.py", "--out", str(tmp_path), "--tiny"])
+    back = tmp_path / "back"
+    monkeypatch.setattr(sys, "argv", ["half_hour.py", "--out", str(tmp_path / "out"), "--back", str(back), "--tiny"])
     assert own["main"]() == 3
     assert own["main"]() == 0
-    names = list(script["parts"](tmp_path, True))
+    assert sorted(file.name for file in back.iterdir()) == ["parts.json", "results.tar.gz", "summary.md"]
+    with tarfile.open(back / "results.tar.gz") as tar:
+        assert {"sampling.log", "reports/emoji-long/results"} <= set(tar.getnames())
+    names = list(script["parts"](tmp_path / "out", True))
     assert calls == [*names, "sampling"]
     assert {"sampling", "sampling, CUDA graph"} < set(names)
-    summary = (tmp_path / "summary.md").read_text()
+    summary = (back / "summary.md").read_text()
     assert "| tests | ended with status 1 |" in summary
     assert "| sampling | ended | 0 | 2.5 |" in summary
     assert all(hasattr(TokenizerSettings, name) for changes in own["VARIANTS"].values() for name in changes)
 
 
+def alive(words: bytes) -> bool:
+    """Whether, after five seconds, a process still has these words in its command."""
+    for _ in range(50):
+        found = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                found.append(words in file.read_bytes())
+        if not any(found):
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks at Linux's /proc")
 def test_a_part_whose_time_is_over_is_ended(tmp_path):
     run_part = runpy.run_path(str(ROOT / "tests/gpu/half_hour.py"))["run_part"]
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    assert run_part("x", [sys.executable, "-c", code], tmp_path, 0.5, True) is None
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stubborn!r}])"
+    assert run_part("x", [sys.executable, "-c", code], tmp_path, 3, True) is None
+    assert "up" in (tmp_path / "x.log").read_text()
+    assert not alive(b"signal.SIG_IGN); print('up'")  # what the part had started is gone too
     assert run_part("x", [sys.executable, "-c", "raise SystemExit(4)"], tmp_path, 60, True) == 4

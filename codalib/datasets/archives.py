@@ -131,6 +131,11 @@ class Tar:
                         continue
                     sample = samples.setdefault(f"{folder}/{stem}", {"label": None, "captions": []})
                     if ending.lower().rpartition(".")[2] in TAR_IMAGES:
+                        if "key" in sample:
+                            raise DataError(
+                                f"{self.path}: the sample {folder}/{stem} holds several pictures ({member.name} too), "
+                                "expected one for each name up to its first dot: leave the others out, or rename them"
+                            )
                         sample |= {"key": f"{folder}/{stem}", "offset": member.offset_data, "size": member.size}
                     elif ending in ("cls", "txt", "json"):
                         _add(sample, ending, tar.extractfile(member).read())
@@ -284,6 +289,11 @@ def _rows(table: Any, split: str, sources: Iterable[str], place: str) -> tuple[l
     image, label, caption = found
     if image is None:
         raise DataError(f"{place} has the columns {', '.join(table.column_names)}, expected {' or '.join(IMAGE)}")
+    if label is None and (odd := [name for name in table.column_names if "label" in name.lower()]):
+        raise DataError(
+            f"{place} has the columns {', '.join(table.column_names)}, expected the classes' to be named "
+            f"{' or '.join(LABEL)}: rename {' or '.join(odd)}, or leave it out"
+        )
     archive = Rows(table, image, map(str, sources))
 
     def column(name: str | None) -> list:

@@ -138,6 +138,11 @@ class ImageDataset(Dataset):
         items = [self.items[i] for i in indices]
         return ImageDataset(items, self.classes, self.resolution, self.random_crop, self.name)
 
+    def without_unreadable(self) -> "ImageDataset":
+        """The images that can be read, each opened once: for results that go image by image."""
+        read = [i for batch in evaluation_batches(self, 64) for i in batch["index"].tolist()]
+        return self if len(read) == len(self) else self.subset(read)
+
     def split_groups(self, fraction: float, seed: int = 0) -> tuple["ImageDataset", "ImageDataset"]:
         """The images of most groups, and those of a FRACTION of the groups, drawn by the seed; one group at least."""
         groups = sorted({item.group or item.name for item in self.items})
@@ -315,10 +320,19 @@ def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
 
 def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
     """MS-COCO's images with their captions (five or so each), by image number; all of one class, "image"."""
-    files = [root / "annotations" / f"captions_{split}{year}.json" for year in COCO_YEARS]
-    annotations = next((path for path in files if path.exists()), None)
-    if annotations is None:
-        raise DataError(f"{root} holds neither {' nor '.join(str(path.relative_to(root)) for path in files)}")
+    paths = {(s, year): root / "annotations" / f"captions_{s}{year}.json" for year in COCO_YEARS for s in SPLITS}
+    there = [key for key, path in paths.items() if path.exists()]
+    year = next((year for year in COCO_YEARS if all((s, year) in there for s in SPLITS)), None)
+    if year is None and {s for s, _ in there} == set(SPLITS):
+        raise DataError(
+            f"{root} holds {' and '.join(paths[key].name for key in there)}, expected both splits of one year: images "
+            "that one year trains on are validation images of the other"
+        )
+    year = year or next((year for s, year in there if s == split), None)
+    if year is None:
+        wanted = (str(paths[split, year].relative_to(root)) for year in COCO_YEARS)
+        raise DataError(f"{root} holds neither {' nor '.join(wanted)}")
+    annotations = paths[split, year]
     fetched(annotations)
     try:
         contents = json.loads(annotations.read_text(encoding="utf-8"))
@@ -327,6 +341,8 @@ def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
             if caption := " ".join((row["caption"] or "").split()):
                 captions[row["image_id"]].append(printable(caption))
         names = {row["id"]: row["file_name"] for row in contents["images"]}
+        if odd := [name for name in names.values() if os.path.basename(name) != name]:
+            raise ValueError(f"the file name {odd[0]!r} leaves its folder")
         folder = root / annotations.stem.removeprefix("captions_")
         items = [Item(str(folder / names[i]), 0, tuple(own)) for i, own in sorted(captions.items()) if own]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -458,19 +474,22 @@ def collate(samples: list[dict | None]) -> dict:
 class UnreadableCount:
     """Counts skipped images; stops the run when they are all, or more than one and 1 % of the data set.
 
-    `epochs` is how often an image may have been read, and so counted, by now.
+    `epochs` is how often an image may have been read, and so counted, by now; `world_size` over how many processes the
+    images are shared out, of which this one counts its own.
     """
 
-    def __init__(self, dataset: ImageDataset, epochs: int = 1):
-        self.dataset, self.epochs, self.count = dataset, epochs, 0
+    def __init__(self, dataset: ImageDataset, epochs: int = 1, world_size: int = 1):
+        self.dataset, self.epochs, self.world_size, self.count = dataset, epochs, world_size, 0
 
     def add(self, unreadable: int) -> None:
         self.count += unreadable
-        images, count = len(self.dataset), self.count / self.epochs
+        images, count = len(self.dataset) / self.world_size, self.count / self.epochs
         if count > max(1, MAX_UNREADABLE * images) or count >= images:
+            whose = " that this process reads" if self.world_size > 1 else ""
             raise DataError(
-                f"{math.ceil(count)} unreadable images among the {images} of {self.dataset.name}, at most "
-                f"{MAX_UNREADABLE:.0%} (and one) are skipped: the warnings above name the files; repair or remove them"
+                f"{math.ceil(count)} unreadable images among the {math.ceil(images)} of {self.dataset.name}{whose}, at "
+                f"most {MAX_UNREADABLE:.0%} (and one) are skipped: the warnings above name the files; repair or remove "
+                "them"
             )
 
     def report(self) -> None:
@@ -506,7 +525,7 @@ def training_batches(
     """
     step_images = batch_size * world_size
     order = EndlessOrder(len(dataset), seed, start_step * step_images, rank, world_size)
-    unreadable = UnreadableCount(dataset)
+    unreadable = UnreadableCount(dataset, world_size=world_size)
     seen = since = start_step * step_images  # of the endless order; since when unreadable images are counted
     for batch in _loader(dataset, batch_size, order, workers):
         if seen // len(dataset) != (seen + step_images) // len(dataset):
@@ -536,7 +555,7 @@ def evaluation_batches(
     dataset: ImageDataset, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> Iterator[dict]:
     """Every image once, in order; process `rank` of `world_size` takes every world_size-th image, none twice."""
-    unreadable = UnreadableCount(dataset)
+    unreadable = UnreadableCount(dataset, world_size=world_size)
     yield from readable_batches(dataset, batch_size, range(rank, len(dataset), world_size), workers, unreadable)
     unreadable.report()
 

@@ -68,21 +68,27 @@ class TextEncoder(FrozenNetwork):
         self.dim = self.model.config.hidden_size
         self.freeze()
 
+    def check(self, captions: Sequence[str]) -> list[list[int]]:
+        """The captions' token numbers; ValueError for one that is too long, or for none at all."""
+        if not len(captions):
+            raise ValueError("expected at least one caption, got none")
+        encoded = self.tokenizer(list(captions), padding=False, truncation=False, verbose=False)["input_ids"]
+        sizes = [len(ids) for ids in encoded]
+        if max(sizes) > self.length:
+            start = captions[sizes.index(max(sizes))][:60]
+            raise ValueError(
+                f"expected captions of {self.length} tokens at most for {self.name}, got one of {max(sizes)}: shorten "
+                f"{start!r}..."
+            )
+        return encoded
+
     @torch.no_grad()
     def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Captions -> token embeddings (B, T, dim) and a mask (B, T), true where there is a token; T <= length.
 
         Raises ValueError for a caption that is too long, or for none at all.
         """
-        if not len(captions):
-            raise ValueError("no captions got, expected at least one")
-        encoded = self.tokenizer(list(captions), padding=False, truncation=False, verbose=False)["input_ids"]
-        sizes = [len(ids) for ids in encoded]
-        if max(sizes) > self.length:
-            start = captions[sizes.index(max(sizes))][:60]
-            raise ValueError(
-                f"a caption of {max(sizes)} tokens got, {self.name} takes {self.length} at most: shorten {start!r}..."
-            )
+        encoded = self.check(captions)
         padded = self.tokenizer.pad(
             {"input_ids": encoded},
             padding="max_length" if self.pads_to_length else "longest",

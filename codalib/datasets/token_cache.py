@@ -124,7 +124,7 @@ def cache_tokens(
     rank, world_size = process
     mine = () if (folder / COLUMNS).exists() else range(rank, manifest["shards"], world_size)
     missing = [number for number in mine if not _shard(folder, number).exists()]
-    unreadable = UnreadableCount(dataset, settings.views)
+    unreadable = UnreadableCount(dataset, settings.views, world_size)
     for number in tqdm(missing, desc="tokens", disable=rank > 0, mininterval=2.0):
         start = number * settings.shard_images
         numbers = range(start, min(start + settings.shard_images, positions))
@@ -215,7 +215,7 @@ def _encode(
     """The arrays of one shard: NUMBERS count the images view after view."""
     device = next(tokenizer.parameters()).device
     runs = {number: settings.seed * SEED_STRIDE + number // len(dataset) for number in numbers}  # a seed a view
-    keys = [(number % len(dataset), runs[number] * SEED_STRIDE + number) for number in numbers]
+    keys = [(number % len(dataset), (runs[number] * SEED_STRIDE + number) % 2**63) for number in numbers]
     kind, columns = index_type(tokenizer.quantizer.codebook_size), {"indices": [], "label": [], "image": [], "view": []}
     view_of = iter(numbers)
     for batch in readable_batches(dataset, settings.batch_size, keys, settings.workers, unreadable):

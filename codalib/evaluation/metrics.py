@@ -232,7 +232,7 @@ class FrechetDistance(FrechetInceptionDistance):
         twin = FrechetDistance(self.inception.extractor, self.inception.resolution)
         for state in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
             setattr(twin, state, getattr(self, state).clone())
-        return twin
+        return twin.to(self.real_features_sum.device)
 
 
 def frechet_column(row: Mapping[str, Any]) -> str | None:

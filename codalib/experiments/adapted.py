@@ -67,7 +67,7 @@ class AdaptedData:
         """A part of TRAIN's groups (concepts) is held out to choose on, the one that the factorial holds out."""
         rest, choose = train.split_groups(held_out)
         choose.random_crop = False
-        return cls(vae, rest, choose, test, *networks)
+        return cls(vae, rest, choose.without_unreadable(), test.without_unreadable(), *networks)
 
     @cached_property
     def digest(self) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from codalib.datasets.images import ImageDataset, evaluation_batches
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
-from codalib.evaluation.metrics import psnr
+from codalib.evaluation.metrics import finite_psnr, psnr
 from codalib.experiments.ablation import Fitted, with_weights
 from codalib.experiments.bracketing import bracket, bracket_both
 from codalib.experiments.paper import USED
@@ -61,6 +61,7 @@ class FactorialData:
     ) -> "FactorialData":
         """Encode the images; a part of TRAIN's groups (concepts) is held out to choose settings on."""
         rest, choose = train.split_groups(held_out, seed)
+        test = test.without_unreadable()
         return cls(
             encode_images(vae, rest, len(rest), seed=seed),
             encode_posterior(vae, choose, seed),
@@ -237,7 +238,7 @@ class Factorial:
         values = []
         for images, latents in zip(self.data.images.split(32), self.data.test[1].split(32), strict=True):
             quantized = quantizer.decode(quantizer.encode(latents.to(quantizer.codebooks.weight.device)))
-            values += psnr(images, self.data.vae.decode(quantized).cpu()).tolist()
+            values += finite_psnr(psnr(images, self.data.vae.decode(quantized).cpu()), images).tolist()
         return values
 
 

@@ -41,9 +41,11 @@ def resampled_means(gains: ArrayLike, draws: int = DRAWS, seed: int = 0) -> np.n
 def group_means(values: ArrayLike, groups: Sequence[Any]) -> np.ndarray:
     """Values of images (seeds, images) or (images,) -> means of each group's (seeds, groups), in the groups' order.
 
-    Raises ValueError where there is not one group for each image.
+    Raises ValueError where there is not one group for each image, or a value is not finite.
     """
     table = np.atleast_2d(np.asarray(values, dtype=float))
+    if not np.isfinite(table).all():
+        raise ValueError("expected a finite value of each image, got one that is not: make the trial anew")
     names, which = np.unique(np.asarray(groups), return_inverse=True)
     if len(which) != table.shape[1]:
         raise ValueError(f"expected the group of each of {table.shape[1]} images, got {len(which)}")

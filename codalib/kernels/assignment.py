@@ -20,7 +20,6 @@ Ties: the lowest index of the largest logits is chosen, as `torch.argmax` does.
 
 import importlib.util
 import os
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BACKENDS = ("auto", "tiled", "compiled", "triton")
+TRITON_WIDTH = 128  # of the rows: wider ones need more shared memory than a card of 100 KB a block has
 ENTROPY_EPS = 1e-5  # added to the mean distribution inside its logarithm; the value of the release
 AUTO_COMPILE_LOGITS = 2**25  # MAR scales: 4 images at K = 16,384; a step of `tiled` then takes about 0.5 s
 TILE_ELEMENTS = {"cpu": 2**20}  # logits in one tile: 4 MiB in float32, a few of which fit a processor's last cache
@@ -60,8 +60,10 @@ class Assignment(NamedTuple):
     entropy: Tensor  # (): mean entropy of a token minus entropy of the mean distribution, in nats
 
 
-def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int) -> str:
+def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int, width: int = 1) -> str:
     """The backend to use for `tokens` x `codes` logits on `device`: decides "auto", checks that the others can run.
+
+    `width` is that of the rows, the larger of D and C.
 
     Raises ValueError on an unknown name, or on "triton" where it cannot run.
     """
@@ -70,7 +72,7 @@ def resolve_backend(backend: str, device: torch.device, tokens: int, codes: int)
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "auto":
         if device.type == "cuda":
-            return "triton" if has_triton and _triton_runs(device) else "tiled"
+            return "triton" if has_triton and width <= TRITON_WIDTH and _triton_runs(device) else "tiled"
         # Not in evaluation: argmax is never compiled, and a forward pass alone gains little.
         return "compiled" if torch.is_grad_enabled() and tokens * codes >= AUTO_COMPILE_LOGITS else "tiled"
     if backend == "triton":
@@ -89,8 +91,7 @@ def _triton_runs(device: torch.device) -> bool:
     try:
         rows = torch.ones(16, 16, device=device)
         triton_assignment.triton_argmax(rows, rows, 1.0)
-    # What Triton raises, and the compiler that it calls.
-    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+    except Exception as error:  # Triton's own, of which it has many, and those of the compiler that it calls
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(f'Triton does not work here, "tiled" is used instead: {reason}', stacklevel=4)
         return False
@@ -111,7 +112,8 @@ def softmax_assign(
     _check_rows(queries, keys)
     if values.ndim != 2 or len(values) != len(keys):
         raise ValueError(f"expected values of shape (K, C) for {len(keys)} keys, got {tuple(values.shape)}")
-    backend = resolve_backend(backend, queries.device, len(queries), len(keys))
+    width = max(queries.shape[1], values.shape[1])
+    backend = resolve_backend(backend, queries.device, len(queries), len(keys), width)
     with torch.autocast(queries.device.type, enabled=False):
         if backend == "triton":
             from codalib.kernels.triton_assignment import TritonAssign

@@ -106,7 +106,8 @@ def read_stages(profile: str, keep: bool = False) -> list[Stage]:
 def build(profile: str, keep: bool = False) -> Path:
     """Write the page of PROFILE, its tables (CSV, Markdown), figures (PNG, SVG) and manifests; returns the page.
 
-    With KEEP a stage that is in the report but not among the runs here stays in it as it was.
+    With KEEP a stage that is in the report but not among the runs here stays in it as it was, and the page links to
+    nothing that git ignores, SVG and the index of profiles: the report is to be committed.
     """
     stages, folder = read_stages(profile, keep), reports_folder(profile)
     found = _claims(stages)
@@ -136,9 +137,11 @@ def build(profile: str, keep: bool = False) -> Path:
         clock=clock,
         size=size,
         commit=commit,
+        committed=keep,
     )
     write_json(folder / MANIFEST, [stage.manifest for stage in stages])
-    page = pages.page(f"CODA, profile {profile}", body, home="../index.html", home_text="All profiles")
+    home = "" if keep else "../index.html"  # a report that is committed stands alone, without what git ignores
+    page = pages.page(f"CODA, profile {profile}", body, home=home, home_text="All profiles")
     with atomic_write(folder / "index.html") as file:
         file.write(page)
     build_index()

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,17 @@ def plan(devices: Sequence[str] = ("cpu",), quick: bool = False) -> list[Case]:
         if device == "cuda":
             cases += [Case("step", x, CODES[3], 12, "FLUX", device) for x in ("released", *backends)]
     return list(dict.fromkeys(cases))
+
+
+def chosen(cases: Sequence[Case], only: str | None) -> list[Case]:
+    """The cases in whose names the pattern ONLY is found (None: all), and their devices' rates, for the floors."""
+    if only is None:
+        return list(cases)
+    found = [case for case in cases if re.search(only, case.name)]
+    if not found:
+        raise SystemExit(f"expected a pattern of some case, such as {cases[-1].name}, got {only!r}")
+    devices = {case.device for case in found}
+    return [case for case in cases if case in found or (case.task == "rates" and case.device in devices)]
 
 
 # --- how it is measured -----------------------------------------------------------------------------------------------
@@ -165,7 +177,10 @@ def _status_bytes(field: str) -> int:
 
 # --- all of it --------------------------------------------------------------------------------------------------------
 def run(cases: Sequence[Case], cache: Path, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """One row a case: measured now, each in a process of its own, or read from CACHE where nothing changed since."""
+    """One row a case: measured now, each in a process of its own, or read from CACHE where nothing changed since.
+
+    A case on a GPU that fails says so in its state; one on a processor raises RuntimeError.
+    """
     fingerprint, rows = _fingerprint(repeats), []
     for case in tqdm(cases, desc="benchmark", unit="case"):
         file = cache / f"{case.name}.json"
@@ -190,6 +205,9 @@ def _measure_apart(case: Case, repeats: int) -> dict[str, Any]:
             return {"state": f"stopped after {LONGEST} s"}
         if child.returncode == -9:
             return {"state": "killed by the system, probably for its memory"}
+        if child.returncode != 0 and case.device != "cpu":
+            log.warning("%s failed:\n%s", case.name, child.stderr[-2000:])
+            return {"state": f"failed: {child.stderr.strip().splitlines()[-1:]}"}
         if child.returncode != 0:
             raise RuntimeError(f"The case {case.name} ended with status {child.returncode}:\n{child.stderr[-2000:]}")
         return read_json(result)
@@ -232,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not yet measured, write the CSV and the page."""
     parser = argparse.ArgumentParser(prog="codalib bench", description=main.__doc__)
     parser.add_argument("--quick", action="store_true", help="a few tiny cases, into runs/bench-quick")
+    parser.add_argument("--only", help="pattern in the cases' names, such as 'step-.*-16384-4-MAR-cuda' (all)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"of which the best counts ({REPEATS})")
     one = parser.add_argument_group("one case in this process, its result as JSON")
     one.add_argument("--result", type=Path, help="file of the result")
@@ -251,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     cache = runs_folder("bench-quick" if given.quick else "bench").resolve()
     folder = cache / "page" if given.quick else reports_folder("bench").resolve()
-    cases = plan(devices, given.quick)
+    cases = chosen(plan(devices, given.quick), given.only)
     settings = {"repeats": given.repeats, "quick": given.quick, "threads": threads(), "cases": len(cases)}
     record = Run(folder, "bench", settings, seed=SEED)
     record.finish(write_rows(run(cases, cache, given.repeats), folder))

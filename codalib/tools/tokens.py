@@ -18,7 +18,7 @@ from codalib.base.hardware import compute_device
 from codalib.base.processes import launch
 from codalib.base.team import TeamError, launched_processes
 from codalib.datasets.images import SPLITS, DataError
-from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_dataset, tokenizer_hash
+from codalib.datasets.token_cache import COLUMNS, SHARDS, CacheSettings, TokenCache, cache_dataset, tokenizer_hash
 from codalib.models.checkpoints import find_model, load_tokenizer
 from codalib.models.tokens import split_levels
 from codalib.reporting.display import png, to_bytes
@@ -46,6 +46,7 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = CacheSettings(views=given.views, seed=given.seed, batch_size=given.batch_size, workers=given.workers)
         work = partial(cache_dataset, limit=given.limit, settings=settings)
+        kept = _images_kept(given.out, settings)
         started = time.monotonic()
         launch(work, given.processes, find_model(given.tokenizer), given.dataset, given.split, given.out)
         cache, seconds = TokenCache.open(given.out), time.monotonic() - started
@@ -53,9 +54,17 @@ def encode(arguments: Sequence[str] | None = None) -> int:
             _write_parquet(cache, given.out / PARQUET)
     except (DataError, ValueError, OSError, TeamError) as error:
         return _failed(error)
-    words = "%s: %d images of %d tokens, %d codes; %.1f images a second, with loading the model"
-    log.info(words, given.out, len(cache), cache.indices.shape[1], cache.codebook_size, len(cache) / seconds)
+    rate = f"{(len(cache) - kept) / seconds:.1f} images a second, with loading the model" if kept < len(cache) else ""
+    words = "%s: %d images of %d tokens, %d codes; %s"
+    log.info(words, given.out, len(cache), cache.indices.shape[1], cache.codebook_size, rate or "all were there")
     return 0
+
+
+def _images_kept(folder: Path, settings: CacheSettings) -> int:
+    """How many images, as many times as views, an earlier call has encoded."""
+    if (folder / COLUMNS).exists():
+        return len(TokenCache.open(folder))
+    return settings.shard_images * len(list((folder / SHARDS).glob("*.safetensors")))
 
 
 def _write_parquet(cache: TokenCache, path: Path) -> None:
@@ -90,6 +99,9 @@ def decode(arguments: Sequence[str] | None = None) -> int:
         cache = TokenCache.open(given.tokens, tokenizer_hash(tokenizer))
         tokenizer.to(compute_device())
         rows, began = range(len(cache))[: given.limit], time.monotonic()
+        names = {f"{cache.image[row]:08d}-{cache.view[row]}.png" for row in rows}
+        if odd := sorted({file.name for file in given.out.glob("*.png")} - names):
+            raise ValueError(f"expected no pictures but these {len(rows)} in {given.out}, got {odd[0]}: another folder")
         for start in tqdm(range(0, len(rows), given.batch_size), desc="decoding", mininterval=2.0):
             own = rows[start : start + given.batch_size]
             levels = split_levels(cache.batch(own)["tokens"].to(compute_device()), cache.scales)
@@ -113,7 +125,7 @@ def positive(text: str) -> int:
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"codalib {command}", description=description)
-    parser.add_argument("--tokenizer", required=True, help='"emoji", "emoji-small", a folder of ours or of the release')
+    parser.add_argument("--tokenizer", required=True, help='"emoji", "emoji-small", a folder, or OWNER/NAME')
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--batch-size", type=positive, default=64, help="images at a time (64)")
     return parser

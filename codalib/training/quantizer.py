@@ -1,6 +1,8 @@
 """Fit a quantizer on latents alone: the start of the tokenizer's training, and how quantizers are compared."""
 
 import itertools
+import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from codalib.models.quantizer import ResidualQuantizer
 from codalib.training.execution import build_adamw
 from codalib.training.settings import QuantizerSettings
 from codalib.training.trainer import Stage, Trainer
+
+log = logging.getLogger(__name__)
 
 
 def outline(latents: Tensor) -> list:
@@ -67,8 +71,25 @@ class QuantizerStage(Stage):
         return terms | {"loss": loss}
 
     def save_snapshot(self, step: int) -> None:
-        with atomic_write(self.trainer.folder / f"snapshot-{step}.safetensors", "wb") as file:
+        with atomic_write(self.snapshot(step), "wb") as file:
             file.write(save({name: value.detach().cpu() for name, value in self.quantizer.state_dict().items()}))
+
+    def snapshot(self, step: int) -> Path:
+        """Among the checkpoints of these settings and inputs: those of another run in the same folder are not ours."""
+        return self.trainer.checkpoints / f"snapshot-{step}.safetensors"
+
+    def run(self) -> None:
+        """Train, or resume; then the snapshots into the folder. What was trained without keeping them trains anew."""
+        newest = self.trainer.newest()
+        done = int(newest.name.removeprefix("step-")) if newest else 0
+        if any(step < done and not self.snapshot(step).exists() for step in self.snapshots):
+            log.warning("%s was trained without its snapshots, and is trained again", self.trainer.folder)
+            shutil.rmtree(self.trainer.checkpoints)
+            self.trainer.checkpoints.mkdir()
+        self.trainer.run(self, self.settings.kind)
+        for step in self.snapshots:
+            with atomic_write(self.trainer.folder / self.snapshot(step).name, "wb") as file:
+                file.write(self.snapshot(step).read_bytes())
 
 
 def fit_quantizer(
@@ -89,5 +110,5 @@ def fit_quantizer(
     if odd := [step for step in snapshots if not 0 <= step < settings.steps]:
         raise ValueError(f"snapshots after {odd} steps asked for, expected from 0 to below {settings.steps}, the steps")
     stage = QuantizerStage(settings, latents, source, folder, snapshots)
-    stage.trainer.run(stage, settings.kind)
+    stage.run()
     return stage.quantizer.eval()

@@ -7,6 +7,7 @@ without one the value is ours. A notebook takes any field by name, as a paramete
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from codalib.base.seeds import check_seed
 from codalib.datasets.token_cache import CacheSettings, TokenCache
 from codalib.models.adapters import ADAPTED_LAYERS
 from codalib.models.checks import check_positive, check_range, check_whole
-from codalib.models.library_quantizers import LIBRARY_KINDS
 from codalib.models.loss_weights import ADAPTIVE_LAYERS, LossWeights
 from codalib.models.maskgit import PRESETS, MaskGIT
 from codalib.models.masks import MASK_RATIOS
 from codalib.models.quantizer import ResidualQuantizer
-from codalib.models.quantizer_kinds import quantizer_from_config
+from codalib.models.quantizer_kinds import KINDS, quantizer_from_config
+from codalib.pretrained.registry import has_weights
 
 EXECUTION = ("compile", "gradient_checkpointing")  # fields that decide the time and the memory, but no result
 
@@ -122,13 +123,9 @@ class QuantizerSettings(LoopSettings):
 
     def build_quantizer(self, latent_channels: int) -> ResidualQuantizer:
         """A fresh quantizer of these settings."""
-        names = ["kind", "codebook_size", "scales"]
-        if self.kind not in LIBRARY_KINDS:
-            names.append("beta")
-        if self.kind == "attention":
-            names += ["attention_dim", "norm", "entropy_temperature"]
-        config = {name: getattr(self, name) for name in names}
-        return quantizer_from_config(config | {"latent_channels": latent_channels}, self.backend)
+        own = inspect.signature(KINDS[self.kind]).parameters if self.kind in KINDS else {}
+        config = {name: getattr(self, name) for name in own if name != "backend" and hasattr(self, name)}
+        return quantizer_from_config(config | {"kind": self.kind, "latent_channels": latent_channels}, self.backend)
 
 
 @dataclass(frozen=True)
@@ -159,6 +156,17 @@ class TokenizerSettings(QuantizerSettings):
         """Raise ValueError where the last level is not the latent grid, which has this side."""
         if self.scales[-1] != side:
             raise ValueError(f"expected scales that end with {side}, the latent grid's side, got {self.scales}")
+
+    def deciding(self) -> dict[str, Any]:
+        """As in `LoopSettings`, with the network that "auto" stands for where it is not the one that every copy has."""
+        values = super().deciding()
+        for name, weights, network in (
+            ("perceptual_network", "vgg16_lpips", "perceptual_vgg"),
+            ("discriminator_network", "dino_vits16", "dino"),
+        ):
+            if values[name] == "auto" and has_weights(weights):
+                values[name] = network
+        return values
 
     @property
     def weights(self) -> LossWeights:

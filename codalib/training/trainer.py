@@ -154,6 +154,12 @@ class Trainer:
         self.module, self.optimizers, self.companions = module, optimizers, companions or {}
         inputs["processes"] = accelerator.num_processes  # the batch is shared by all of them
         self.checkpoints = self.folder / "checkpoints" / settings.fingerprint(**inputs)
+        for name, what in (
+            ("warmup_steps", "the learning rate is never reached"),
+            ("ema_start", "nothing is averaged"),
+        ):
+            if (value := getattr(settings, name)) and value >= settings.steps:
+                log.warning("%s %d of %d steps: %s", name, value, settings.steps, what)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.ema = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from codalib.base.hardware import to_device
 from codalib.datasets.images import ImageDataset, evaluation_batches, share_content_digests, training_batches
-from codalib.evaluation.metrics import psnr
+from codalib.evaluation.metrics import finite_psnr, psnr
 from codalib.models.loss_weights import LossWeights
 from codalib.models.losses import kl_divergence, reconstruction_terms, weighted_sum
 from codalib.models.vae import ContinuousVAE
@@ -96,7 +96,7 @@ class VaeStage(Stage):
     def evaluate(self) -> dict[str, float]:
         vae = ContinuousVAE(self.model.autoencoder)
         rows = [
-            psnr(batch["image"], vae(batch["image"].to(self.device), sample=False).cpu())
+            finite_psnr(psnr(batch["image"], vae(batch["image"].to(self.device), sample=False).cpu()), batch["image"])
             for batch in evaluation_batches(self.val, self.settings.batch_size, workers=self.settings.workers)
         ]
         return {"val_psnr": torch.cat(rows).mean().item()}

@@ -73,7 +73,7 @@ def execute(
     # Beside the run's folder: runs of one notebook into two folders do not meet.
     place = runs_folder(parameters.get("output", f"{profile}/{name}"))
     executed, lock = place.with_name(f"{place.name}.ipynb"), place.with_name(f"{place.name}.lock")
-    home, footer = ("../index.html", "") if page else ("index.html", f", profile {profile}")
+    home, footer = ("", "") if page else ("index.html", f", profile {profile}")
     page = page or reports_folder(profile) / f"{name}.html"
     hold(lock)
     try:

@@ -1,5 +1,6 @@
 """One run of a notebook: its folder, and the manifest that says how its numbers came about."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
@@ -112,7 +113,7 @@ def source_version() -> dict[str, Any]:
 
 
 def lock_digest() -> str | None:
-    """16 hex digits of requirements.lock where the libraries that shape the numbers have its versions; else None."""
+    """16 hex digits of requirements.lock where every library of it that is installed has its version; else None."""
     lock = project_folder() / "requirements.lock"
     if not lock.exists():
         return None
@@ -120,9 +121,10 @@ def lock_digest() -> str | None:
     pinned: dict[str, set[str]] = {}
     for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, flags=re.MULTILINE):
         pinned.setdefault(name, set()).add(version)
-    for name, version in library_versions().items():
-        if name in pinned and version.partition("+")[0] not in pinned[name]:
-            return None
+    for name, versions in pinned.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another system
+            if importlib.metadata.version(name).partition("+")[0] not in versions:
+                return None
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

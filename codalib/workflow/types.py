@@ -1,5 +1,6 @@
 """Values as papermill and YAML give them, converted to the types that a parameters cell or a dataclass writes."""
 
+import re
 import types
 import typing
 from typing import Any
@@ -110,7 +111,8 @@ def _items(value: Any, hint: Any) -> Any:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML in which a date is text, as a folder may be named 2026-11-26, and a key that stands twice is an error."""
+    """YAML in which a date is text, as a folder may be named 2026-11-26, and so are YAML 1.1's numbers of other bases
+    (12:00 was 720, and 010 was 8); a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -120,9 +122,17 @@ class PlainLoader(yaml.SafeLoader):
 
 
 PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "int", "float")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*)",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+for _kind, _pattern in _NUMBERS.items():
+    PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_pattern})$"), list("-+.0123456789")
+    )
 
 
 def spell(hint: Any) -> str:

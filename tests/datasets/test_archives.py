@@ -275,6 +275,12 @@ def test_bad_archives_are_one_sentence(tmp_path, monkeypatch):
     assert "has the label -1" in message(f"parquet:{tmp_path}/odd.parquet")
     pq.write_table(pa.table({"image": images, "label": ["a", None, "b"]}), tmp_path / "odd.parquet")
     assert "with and without a label" in message(f"parquet:{tmp_path}/odd.parquet")
+    pq.write_table(pa.table({"img": images, "fine_label": [0, 1, 2]}), tmp_path / "odd.parquet")
+    assert "rename fine_label" in message(f"parquet:{tmp_path}/odd.parquet")  # or all would be of one class
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        for name in ("0.jpg", "0.seg.png", "1.jpg"):  # a mask, which would stand for the picture
+            add(tar, name, jpeg(0))
+    assert "sample /0 holds several pictures (0.seg.png too)" in message(f"webdataset:{tmp_path}/pairs.tar")
     (tmp_path / "odd.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "Git LFS pointer" in message(f"parquet:{tmp_path}/odd.parquet")
 

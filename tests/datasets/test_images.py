@@ -6,6 +6,7 @@ import os
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -112,6 +113,23 @@ def test_unreadable_images_are_skipped_or_stop_the_run(tmp_path, caplog):
         list(evaluation_batches(dataset, 64))
 
 
+def test_each_process_stops_at_a_hundredth_of_its_own_images(tmp_path):
+    dataset = load_dataset(folder_of_images(tmp_path, count=101, size=(8, 8)), "val", 8)
+    for item in dataset.items[:8]:  # two for each of four processes, which reads about 50
+        Path(item.name).write_bytes(b"")
+    for rank in range(4):
+        with pytest.raises(DataError, match=r"2 unreadable images among the 51 .* that this process reads, at most 1%"):
+            list(evaluation_batches(dataset, 64, rank, 4))
+
+
+def test_images_that_cannot_be_read_are_left_out_for_results_by_image(tmp_path):
+    dataset = load_dataset(folder_of_images(tmp_path, size=(8, 8)), "val", 8)
+    assert dataset.without_unreadable() is dataset
+    Path(dataset.items[1].name).write_bytes(b"no picture")
+    kept = dataset.without_unreadable()
+    assert kept.items == [dataset.items[0], *dataset.items[2:]]
+
+
 def test_bad_sources_are_one_sentence(tmp_path):
     name = folder_of_images(tmp_path / "images")
     (tmp_path / "empty" / "train").mkdir(parents=True)
@@ -166,6 +184,31 @@ def test_coco_has_every_caption_of_an_image(tmp_path):
         load_dataset(f"coco:{tmp_path}", "train", 16)
     annotations.write_text("{}")
     with pytest.raises(DataError, match="not a file of MS-COCO captions"):
+        load_dataset(f"coco:{tmp_path}", "val", 16)
+
+
+def test_coco_takes_both_splits_of_one_year_and_no_file_elsewhere(tmp_path):
+    """A part of train2017 is val2014."""
+    (tmp_path / "annotations").mkdir()
+
+    def add(split, year, name="1.jpg"):
+        (tmp_path / f"{split}{year}").mkdir(exist_ok=True)
+        shade = {"train": 9, "val": 99}[split]
+        Image.new("L", (20, 30), shade).save(tmp_path / f"{split}{year}" / "1.jpg")
+        contents = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "A dog."}]}
+        (tmp_path / "annotations" / f"captions_{split}{year}.json").write_text(json.dumps(contents))
+
+    add("train", 2017)
+    add("val", 2014)
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=r"captions_val2014\.json and captions_train2017\.json, expected both"):
+            load_dataset(f"coco:{tmp_path}", split, 16)
+    add("val", 2017)
+    for split in ("train", "val"):
+        (item,) = load_dataset(f"coco:{tmp_path}", split, 16).items
+        assert f"{split}2017" in item.name
+    add("val", 2017, "../val2014/1.jpg")
+    with pytest.raises(DataError, match="leaves its folder"):
         load_dataset(f"coco:{tmp_path}", "val", 16)
 
 

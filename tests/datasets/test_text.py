@@ -85,12 +85,13 @@ def test_encoders_are_frozen_and_not_saved(minilm):
 
 
 def test_a_caption_too_long_is_one_sentence(minilm):
-    with pytest.raises(ValueError, match="minilm takes 128 at most: shorten 'cat cat") as caught:
+    with pytest.raises(
+        ValueError, match="captions of 128 tokens at most for minilm, got one of 129: shorten"
+    ) as caught:
         minilm.tokens(["red heart", "cat " * 127])
-    assert "129 tokens got" in str(caught.value)
     assert "\n" not in str(caught.value)
     minilm.tokens(["cat " * 126])
-    with pytest.raises(ValueError, match="no captions"):
+    with pytest.raises(ValueError, match="at least one caption, got none"):
         minilm.tokens([])
 
 

@@ -1,15 +1,17 @@
 """What a GPU is asked in half an hour: tests, golden values, time and memory of the kernels, of steps and of sampling.
 
-    python tests/gpu/half_hour.py --out OUT [--minutes 9.5] [--tiny]
+    python tests/gpu/half_hour.py --out OUT [--back FOLDER] [--minutes 9.5] [--tiny]
 
 From a bare machine without a network; the package and its dependencies are installed. Each call works for so many
 minutes, resumes what the last one left, and ends with status 0 when all is done, else with 3: call it again. What was
-found lies in OUT: `summary.md` with the card's name, `parts.json`, a log a part, and `reports/` with the benchmark's
-pages and finished trials. `--tiny` rehearses all of it in tiny sizes, on a processor too.
+found lies in OUT, which is to stay from call to call: `summary.md` with the card's name, `parts.json`, a log a part,
+and `reports/` with the benchmark's pages and finished trials. `--back` names a folder that gets it in three files, the
+first two and results.tar.gz, at the end of each call. `--tiny` rehearses all of it in tiny sizes, on a processor too.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -17,12 +19,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+RESUMING = ("bench, first", "bench", "emoji-long")  # parts that go on where they were stopped
 LEAST = 20.0  # s: with less left no part begins
 WARM, TIMED = 3, 10  # steps
 VARIANTS = {  # how a training step is made -> settings that differ
@@ -31,6 +35,7 @@ VARIANTS = {  # how a training step is made -> settings that differ
     "gradient checkpointing": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
 }
+FIRST_CASES = "step-(released|reference|tiled|triton)-(16384|65536|262144)-4-MAR-cuda"  # what is wanted most
 SAMPLING = {"sampling": "eager", "sampling, CUDA graph": "compiled"}
 MODELS = {"MAR": ("imagenet-mar-16384", 16), "FLUX": ("imagenet-flux-65536", 8)}  # profile, images a step
 
@@ -41,15 +46,17 @@ def parts(out: Path, tiny: bool) -> dict[str, list[str]]:
     python, own = sys.executable, [sys.executable, str(Path(__file__)), "--out", str(out), *(["--tiny"] * tiny)]
     golden = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
     tests = [*golden, "tests/test_gpu.py", "tests/kernels", "tests/models/test_quantizer.py", "-m", "gpu"]
+    bench = [python, "-m", "codalib", "bench", *(["--quick"] * tiny)]
     commands = {
         "machine": [python, "-m", "codalib", "info"],
         "tests": [*golden, "tests/models/test_quantizer.py", "-k", "golden"] if tiny else tests,
+        "bench, first": [*bench, "--only", "step-tiled" if tiny else FIRST_CASES],
     }
     for model in ("MAR",) if tiny else MODELS:
         for variant in list(VARIANTS)[: 2 if tiny else None]:
             commands[f"step {model}, {variant}"] = [*own, "--step", model, variant]
     commands |= {name: [*own, "--sampling", how] for name, how in SAMPLING.items()}
-    commands["bench"] = [python, "-m", "codalib", "bench", *(["--quick"] * tiny)]
+    commands["bench"] = bench
     stage = ["notebooks/01_quantizer_factorial.ipynb"] if tiny else ["--profile", "emoji-long", "--exclusive"]
     commands["emoji-long"] = [python, "-m", "codalib", "run", *stage]
     return commands
@@ -62,7 +69,10 @@ def environment(out: Path, tiny: bool) -> dict[str, str]:
 
 
 def run_part(name: str, command: list[str], out: Path, seconds: float, tiny: bool) -> int | None:
-    """Run a part until it ends or its SECONDS are over; its status, None where it goes on the next time."""
+    """Run a part until it ends or its SECONDS are over; its status, None where it goes on the next time.
+
+    Then the part and all that it started are killed: a process that stays would keep the card's memory.
+    """
     with open(out / f"{name.replace(' ', '-').replace(',', '')}.log", "a", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(out, tiny), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -75,7 +85,6 @@ def run_part(name: str, command: list[str], out: Path, seconds: float, tiny: boo
                     os.killpg(process.pid, signal_)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(wait)
-                    break
             return None
 
 
@@ -124,8 +133,9 @@ def training_step(model: str, variant: str, work: Path, tiny: bool) -> dict[str,
         data = [RandomImages(parameters["resolution"], seed, "random images") for seed in (0, 1)]
     settings = replace(settings, **VARIANTS[variant])
     stage = TokenizerStage(settings, load_vae(base), *data, work / "run", None)
-    stream, step = stage.batches(0), iter(range(settings.steps))
-    found = timed(lambda: stage.train_step([next(stream)], next(step)), settings.batch_size, tiny)
+    step, calls = iter(range(settings.steps)), WARM + TIMED
+    batches = iter(list(itertools.islice(stage.batches(0), calls)))  # drawn before the clock runs
+    found = timed(lambda: stage.train_step([next(batches)], next(step)), settings.batch_size, tiny)
     networks = ", ".join(own.name for own in (stage.perceptual, stage.discriminator) if own is not None)
     return found | {"batch": settings.batch_size, "precision": settings.precision, "networks": networks}
 
@@ -167,6 +177,18 @@ def write_summary(out: Path, found: dict[str, dict]) -> None:
     (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def bring_back(out: Path, folder: Path) -> None:
+    """Few files for machines that return few: the summary, the parts, and an archive of logs, reports and cases."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "results.tar.gz", "w:gz") as tar:
+        for path in (*out.glob("*.log"), out / "reports", out / "runs" / "bench"):
+            if path.exists():
+                tar.add(path, path.relative_to(out))
+    for name in ("summary.md", "parts.json"):
+        if (out / name).exists():
+            shutil.copy(out / name, folder)
+
+
 def card() -> str:
     import torch
 
@@ -176,11 +198,13 @@ def card() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of what is found and of what goes on from it")
+    parser.add_argument("--back", type=Path, help="folder that gets the results in three files")
     parser.add_argument("--minutes", type=float, default=9.5, help="that one call may take (9.5)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a processor too")
     parser.add_argument("--step", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
     parser.add_argument("--sampling", choices=SAMPLING.values(), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    ends = time.monotonic() + 60 * given.minutes
     out = given.out.resolve()
     if given.step or given.sampling:
         row = (
@@ -192,7 +216,6 @@ def main() -> int:
 
     if not given.tiny and not torch.cuda.is_available():
         parser.error("expected a GPU that torch sees, got none: --tiny rehearses on a processor")
-    ends = time.monotonic() + 60 * given.minutes
     results = out / "reports" / "emoji-long" / "results"
     if not results.exists():  # what is finished is not run again
         shutil.copytree(ROOT / "reports" / "emoji-long" / "results", results)
@@ -206,6 +229,8 @@ def main() -> int:
         began = time.monotonic()
         status = run_part(name, command, out, left, given.tiny)
         row = {"state": "goes on" if status is None else "ended" if status == 0 else f"ended with status {status}"}
+        if status is None and name not in RESUMING and left > 0.8 * 60 * given.minutes:
+            row["state"] = "ended: longer than a call"  # it would start anew, and again
         row["seconds_here"] = found.get(name, {}).get("seconds_here", 0.0) + time.monotonic() - began
         if status == 0 and ("--step" in command or "--sampling" in command):
             log = (out / f"{name.replace(' ', '-').replace(',', '')}.log").read_text(encoding="utf-8")
@@ -215,6 +240,8 @@ def main() -> int:
         write_summary(out, found)
         print(f"{name}: {row['state']}, {row['seconds_here']:.0f} s", flush=True)
     done = len(found) == len(parts(out, given.tiny)) and all(row["state"].startswith("ended") for row in found.values())
+    if given.back:
+        bring_back(out, given.back)
     print(f"see {out / 'summary.md'}" + ("" if done else "; call again to go on"))
     return 0 if done else 3
 

@@ -369,9 +369,13 @@ def test_linear_cross_entropy_names_what_is_wrong(arguments, message):
         linear_cross_entropy(**(good | arguments))
 
 
+class _OfTriton(Exception):
+    """As Triton's own errors are, of no other kind."""
+
+
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("Failed to find C compiler."), subprocess.CalledProcessError(1, "gcc"), None],
+    [RuntimeError("Failed to find C compiler."), subprocess.CalledProcessError(1, "gcc"), _OfTriton("ptxas"), None],
 )
 def test_auto_on_a_gpu_falls_back_once_where_triton_finds_no_compiler(monkeypatch, error):
     pytest.importorskip("triton")
@@ -393,4 +397,5 @@ def test_auto_on_a_gpu_falls_back_once_where_triton_finds_no_compiler(monkeypatc
     assignment._triton_runs.cache_clear()
     assert found == ["tiled" if error else "triton"] * 3
     assert len(asked) == 1
+    assert resolve_backend("auto", torch.device("cuda"), 680, 1024, width=129) == "tiled"
     assert len(caught) == bool(error)

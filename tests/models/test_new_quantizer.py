@@ -9,6 +9,7 @@ from codalib.evaluation.latents import latent_scores
 from codalib.models import quantizer_kinds
 from codalib.models.baselines import ResidualNearestQuantizer
 from codalib.models.checkpoints import load_tokenizer, load_vae
+from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.quantizer import fit_quantizer
 from codalib.training.settings import QuantizerSettings, TokenizerSettings
@@ -49,6 +50,16 @@ def test_settings_fit_it_and_a_tokenizers_folder_gives_it_back(tmp_path):
     again = load_tokenizer(str(tmp_path / "saved")).quantizer
     assert isinstance(again, Cosine)
     assert torch.equal(again.decode(indices), fitted.decode(indices))
+
+
+def test_settings_hand_a_new_kind_what_it_takes(monkeypatch):
+    class Sharper(ResidualAttentionQuantizer):
+        kind = "sharper"
+
+    monkeypatch.setitem(quantizer_kinds.KINDS, Sharper.kind, Sharper)
+    own = {"attention_dim": 8, "norm": None, "entropy_temperature": 0.5, "beta": 0.1}
+    found = QuantizerSettings(1, 1, kind="sharper", codebook_size=8, scales=SCALES, **own).build_quantizer(4).config()
+    assert {name: found[name] for name in own} == own
 
 
 def test_a_tokenizers_settings_take_it_and_an_unknown_one_names_it():

@@ -8,7 +8,7 @@ import torch
 from bs4 import BeautifulSoup
 
 from codalib.base.files import read_json, write_json
-from codalib.base.paths import reports_folder
+from codalib.base.paths import project_folder, reports_folder
 from codalib.experiments.paper import CLAIMS, TABLE_1
 from codalib.experiments.statistics import claim_verdict
 from codalib.reporting import figures, report
@@ -140,6 +140,27 @@ def test_links_lead_to_files_that_exist(soup, profile):
     assert all((reports_folder(profile) / link).is_file() for link in links)
     assert pd.read_csv(reports_folder(profile) / "tables/table1-t.csv")["psnr"][0] == 31.234
     assert "| Vector quantization | 32.2 | 18.9 |" in (reports_folder(profile) / "tables/table1-t.md").read_text()
+
+
+def test_a_report_to_be_committed_links_to_nothing_that_git_ignores(profile):
+    soup = BeautifulSoup(report.build(profile, keep=True).read_text(), "html.parser")
+    links = {link["href"] for link in soup.find_all("a")}
+    assert "figures/table1-ladder.png" in links
+    assert not {"figures/table1-ladder.svg", "../index.html"} & links
+
+
+def test_the_committed_pages_link_to_committed_files():
+    root = project_folder()
+    if not (root / ".git").exists():
+        pytest.skip("no checkout of git")
+    listed = subprocess.run(["git", "-C", root, "ls-files", "reports"], capture_output=True, text=True, check=True)
+    tracked = {root / name for name in listed.stdout.splitlines()}
+    for page in (path for path in tracked if path.suffix == ".html"):
+        links = {
+            link["href"].partition("#")[0] for link in BeautifulSoup(page.read_text(), "html.parser").select("a[href]")
+        }
+        dead = [link for link in links if link and ":" not in link and (page.parent / link).resolve() not in tracked]
+        assert not dead, page
 
 
 def test_the_page_says_how_its_numbers_came_about(soup, profile):

@@ -45,13 +45,17 @@ def test_encode_writes_every_image_and_goes_on_where_it_stopped(encoded, caplog)
     assert cache.codebook_size == tokenizer.quantizer.codebook_size
     column = encoded / "columns" / "indices.npy"
     written, time = column.read_bytes(), column.stat().st_mtime_ns
+    caplog.set_level("INFO")
     assert encode(encoded) == 0
+    assert "all were there" in caplog.text
+    assert "images a second" not in caplog.text  # of what was not done
     assert column.stat().st_mtime_ns == time  # it was there: not encoded again
     shutil.rmtree(column.parent)
     assert decode(encoded, encoded.parent / "none") == 1
     assert "indices.npy cannot be read" in caplog.text
     assert encode(encoded) == 0
     assert column.read_bytes() == written
+    assert re.search(rf"{LIMIT} images of .* codes; \d+\.\d images a second", caplog.text)
     assert encode(encoded, "--seed", "1") == 1  # other settings, another folder
 
 
@@ -60,6 +64,8 @@ def test_decode_writes_what_the_tokenizer_decodes(encoded, tmp_path, caplog):
     assert decode(encoded, tmp_path / "all") == 0
     assert re.search(rf"all: {LIMIT} images, \d+\.\d a second", caplog.text)
     assert decode(encoded, tmp_path / "some", "--limit", "2", "--levels", "3") == 0
+    assert decode(encoded, tmp_path / "all", "--limit", "2") == 1  # the others would stay, and be counted with these
+    assert "expected no pictures but these 2" in caplog.text
     cache, tokenizer = TokenCache.open(encoded), load_tokenizer("emoji-small")
     with torch.inference_mode():
         levels = split_levels(cache.batch(range(LIMIT))["tokens"], cache.scales)

@@ -218,6 +218,24 @@ def test_snapshots_are_the_weights_after_so_many_steps(vae, images, tmp_path):
         fit_quantizer(settings, latents, tmp_path, snapshots=[0, 2])
 
 
+def test_snapshots_are_those_of_the_settings_that_ask(vae, images, tmp_path, caplog):
+    latents = encode_images(vae, images[0], 4, batch_size=4)
+    settings = QuantizerSettings(steps=2, batch_size=2, codebook_size=8, scales=SCALES, ema=0.0)
+
+    def first(seed):
+        fit_quantizer(dataclasses.replace(settings, seed=seed), latents, tmp_path, snapshots=[1])
+        return load_file(tmp_path / "snapshot-1.safetensors")["codebooks.weight"]
+
+    one, two = first(0), first(1)
+    assert not torch.equal(one, two)
+    assert torch.equal(first(0), one)  # finished before: nothing is trained, and the folder held the other's
+    assert "trained again" not in caplog.text
+    for file in tmp_path.glob("checkpoints/*/snapshot-1.safetensors"):
+        file.unlink()  # as of a run by an earlier version
+    assert torch.equal(first(0), one)
+    assert "was trained without its snapshots" in caplog.text
+
+
 def test_the_start_on_latents_has_settings_of_its_own():
     own = dataclasses.replace(SMALL, seed=7, norm="layer", quantization_weight=0.1, entropy_weight=0.3)
     fit = FitSettings(fit_steps=9, fit_batch_size=4, fit_learning_rate=0.02, fit_entropy_weight=0.01).quantizer(own, 5)

@@ -290,6 +290,7 @@ def test_settings_with_a_gap_or_a_stranger_raise():
         ("[1, 2]", tuple[int, ...], (1, 2)),
         ("[1e-4, 2]", list[float], [1e-4, 2.0]),
         ("{a: 2026-11-26}", dict[str, str], {"a": "2026-11-26"}),
+        ("{a: 12:00, b: 010, c: 1_000, d: -.5}", dict, {"a": "12:00", "b": "010", "c": 1000, "d": -0.5}),
         ("{rate: 1e-4, name: 2026-11-26}", dict, {"rate": "1e-4", "name": "2026-11-26"}),
     ],
 )
