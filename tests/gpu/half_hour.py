@@ -229,7 +229,7 @@ def main() -> int:
         began = time.monotonic()
         status = run_part(name, command, out, left, given.tiny)
         row = {"state": "goes on" if status is None else "ended" if status == 0 else f"ended with status {status}"}
-        if status is None and name not in RESUMING and left > 0.8 * 60 * given.minutes:
+        if status is None and name not in RESUMING and time.monotonic() - began > 0.8 * 60 * given.minutes:
             row["state"] = "ended: longer than a call"  # it would start anew, and again
         row["seconds_here"] = found.get(name, {}).get("seconds_here", 0.0) + time.monotonic() - began
         if status == 0 and ("--step" in command or "--sampling" in command):
