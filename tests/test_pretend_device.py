@@ -13,7 +13,7 @@ from codalib.datasets.text import build_text_encoder
 from codalib.datasets.token_cache import TokenCache, cache_tokens, tokenizer_hash
 from codalib.evaluation.generation import BASELINES, GenerationSettings, SamplerConfig, evaluate_maskgit
 from codalib.evaluation.latents import code_spread, encode_images, encode_posterior, quantizer_scores, sharpness
-from codalib.evaluation.metrics import ReconstructionMetrics
+from codalib.evaluation.metrics import ReconstructionMetrics, build_frechet
 from codalib.evaluation.reconstruction import EvaluationSettings, evaluate_levels, evaluate_models
 from codalib.models.maskgit import MaskGIT
 from codalib.models.quantizer import ResidualAttentionQuantizer
@@ -218,3 +218,13 @@ def test_the_device_raises_where_cuda_would(waits):
     assert [what for what, _ in waits] == ["_local_scalar_dense", "mask as index", "copy to the host"]
     assert not (here.to(DEVICE, non_blocking=True) + there).requires_grad
     assert waits.total() == 3
+
+
+def test_a_distance_with_the_same_reference_stays_on_the_device():
+    with pretending():
+        distance = build_frechet("fd_effnet", 32).to(DEVICE)
+        images = torch.rand(4, 3, 32, 32).to(DEVICE)
+        distance.update(images, real=True)
+        twin = distance.with_same_reference()
+        twin.update(images, real=False)
+        assert twin.compute().item() == pytest.approx(0, abs=0.1)
