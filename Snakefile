@@ -10,7 +10,7 @@ import os
 import sys
 
 from codalib.base.paths import MANIFEST, reports_folder, runs_folder
-from codalib.workflow.dependencies import library_files
+from codalib.workflow.dependencies import library_files, outside
 from codalib.workflow.profiles import profile_resources, profile_section, profile_stages
 
 PROFILE = config.get("profile", "emoji")
@@ -64,6 +64,11 @@ def resources(stage):
     return profile_resources(PROFILE, stage).for_snakemake() if CLUSTER else {}
 
 
+def watched(stage):
+    values = profile_section(PROFILE, stage)
+    return values | outside(values)
+
+
 def of_stage(name):
     return lambda wildcards: resources(wildcards.stage).get(name)
 
@@ -92,7 +97,7 @@ rule stage:
         manifest=RUNS + "/{stage}/" + MANIFEST,
         page=REPORTS + "/{stage}.html",
     params:
-        values=lambda wildcards: profile_section(PROFILE, wildcards.stage),
+        values=lambda wildcards: watched(wildcards.stage),
     # On one machine one stage at a time, with all of it.
     threads: lambda wildcards: profile_resources(PROFILE, wildcards.stage).cores if CLUSTER else workflow.cores
     resources:

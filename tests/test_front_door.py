@@ -49,7 +49,7 @@ def test_the_command_lists_its_sub_commands_and_each_has_help():
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     shown = run("--help").stdout
-    for command in ("run", "fetch", "features", "rehearse", "bench", "encode", "decode"):
+    for command in ("run", "fetch", "features", "rehearse", "bench", "encode", "decode", "info"):
         assert f"\n  {command} " in shown
     assert "usage: codalib encode" in run("encode", "--help").stdout
     assert "invalid choice: 'sing'" in run("sing").stderr

@@ -5,11 +5,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -149,6 +152,29 @@ def test_the_lock_has_a_fitting_version_of_each_dependency(python, system):
         (pin,) = locked[canonicalize_name(wanted.name)]
         assert pin.operator == "=="
         assert wanted.specifier.contains(pin.version), wanted
+
+
+def test_conda_installs_the_lock_for_the_same_pythons():
+    wanted = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert wanted[-1] == {"pip": ["--constraint requirements.lock", "--editable .[test]"]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (python,) = (name.removeprefix("python") for name in wanted[:-1] if name.startswith("python"))
+    assert python.startswith(project["requires-python"])
+
+
+def test_a_wheel_holds_the_templates_and_no_data(tmp_path):
+    source = tmp_path / "source"  # not where the build would leave its files
+    shutil.copytree(ROOT / "codalib", source / "codalib")
+    for name in ("README.md", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    command = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", command], cwd=source, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    templates = [path for path in (ROOT / "codalib/reporting/templates").rglob("*") if path.is_file()]
+    assert templates
+    assert {str(path.relative_to(ROOT)) for path in templates} <= held
+    assert not [name for name in held if name.startswith("data/")]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make is installed")

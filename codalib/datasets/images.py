@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -261,12 +261,18 @@ def _archive(kind: str, place: Path, split: str) -> tuple[list[Item], list[str]]
     spoken = [(printable(name.replace("_", " ")),) for name in classes]
 
     def item(row: Row) -> Item:
-        label = row.label if isinstance(row.label, int) else numbers.get(row.label or "image", -1)
+        label = row.label if isinstance(row.label, int) else numbers.get(_spelt(row.label, numbers), -1)
         if not 0 <= label < len(classes):
             raise DataError(f"{row.name} of {place} has the label {label}, expected 0 to {len(classes) - 1}")
         return Item(row.name, label, tuple(map(printable, row.captions)) or spoken[label], row.stored)
 
     return [item(row) for row in rows[split]], [printable(name) for name in classes]
+
+
+def _spelt(label: str | None, numbers: Mapping[str, int]) -> str:
+    """A label as its class is named: 07 is 7 where classes are numbers."""
+    label = label or "image"
+    return str(int(label)) if label not in numbers and label.isdecimal() else label
 
 
 def _hold_out(members: Sequence[T], names: Sequence[str | bytes]) -> dict[str, list[T]]:

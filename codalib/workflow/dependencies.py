@@ -1,16 +1,23 @@
-"""The files of the library that shape a notebook's numbers, from the graph of its imports."""
+"""What shapes a notebook's numbers: files of the library, by its imports, and data and models outside the checkout."""
 
 import ast
+import hashlib
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import grimp
 import nbformat
 
 import codalib
+from codalib.base.paths import runs_folder
+from codalib.pretrained.registry import weights_folder
+from codalib.workflow.profiles import texts_in
 
 PACKAGE = Path(codalib.__file__).parent
+DATA_KINDS = ("imagefolder", "folder", "coco", "parquet", "hf", "webdataset")  # of `datasets.images.load_dataset`
 DRAWN = ("codalib.reporting", "codalib.workflow")  # rooms that only draw, write and record
 
 
@@ -35,6 +42,36 @@ def library_files(path: str | Path) -> list[str]:
             found.add(module)
             pending |= _graph().find_modules_directly_imported_by(module)
     return sorted(os.path.relpath(_file(module)) for module in found)
+
+
+def outside(values: Mapping[str, Any]) -> dict[str, str]:
+    """What the data sets and models that VALUES name outside the checkout and its runs hold now: name -> 16 hex digits.
+
+    The names, sizes and dates of the files count, which a look at the folders gives: the bytes are compared by the
+    stage itself, once it runs. Empty where there are none, as with what is embedded.
+    """
+    found = {}
+    for text in texts_in(values):
+        kind, colon, path = text.partition(":")
+        place = Path(os.path.expandvars(path if colon and kind in DATA_KINDS else text)).expanduser()
+        place = next((one for one in (place, *place.parents) if "{" not in str(one)), place)  # tars by braces
+        if not place.is_absolute() and not (colon and kind in DATA_KINDS):
+            place = weights_folder() / place
+            if place == weights_folder():
+                continue
+        if place.exists() and not place.resolve().is_relative_to(runs_folder().resolve()):
+            found[text] = _listing(place)
+    return {"outside": dict(sorted(found.items()))} if found else {}
+
+
+@cache
+def _listing(place: Path) -> str:
+    files = [place] if place.is_file() else (Path(top, name) for top, _, names in os.walk(place) for name in names)
+    rows = []
+    for file in files:
+        state = file.stat()
+        rows.append((str(file), state.st_size, state.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
 
 
 @cache

@@ -251,6 +251,10 @@ def test_without_a_validation_split_a_tenth_is_held_out(tmp_path):
     assert not {item.name for item in train.items} & {item.name for item in val.items}
     assert train.classes == ["0", "1", "2"]
     assert {(item.label, item.caption) for item in train.items} == {(0, "0"), (1, "1"), (2, "c")}
+    numbers = [f"{i % 3:02d}" for i in range(30)]  # as text, which sorts
+    pq.write_table(pa.table({"img": images, "label": numbers}), path)
+    spelt = load_dataset(f"parquet:{path}", "train", 16)
+    assert [item.label for item in spelt.items] == [int(item.name.split()[-1]) % 3 for item in spelt.items]
 
 
 def test_bad_archives_are_one_sentence(tmp_path, monkeypatch):

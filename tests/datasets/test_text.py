@@ -115,7 +115,7 @@ def test_clip_pads_to_77_and_shows_the_padding(tmp_path, monkeypatch):
     with torch.no_grad():
         wanted = encoder.model(input_ids=torch.tensor([[0, 2, 3] + [1] * 74])).last_hidden_state
     torch.testing.assert_close(embeddings[:1], wanted)
-    with pytest.raises(ValueError, match="78 tokens got, clip takes 77"):
+    with pytest.raises(ValueError, match="captions of 77 tokens at most for clip, got one of 78"):
         encoder.tokens(["red " * 76])
 
 

@@ -15,7 +15,7 @@ from codalib.base.paths import HOMES, project_folder, runs_folder
 from codalib.base.team import TEAM, Place
 from codalib.tools.run import main
 from codalib.workflow import execute as runner
-from codalib.workflow.dependencies import library_files
+from codalib.workflow.dependencies import _listing, library_files, outside
 from codalib.workflow.parameters import declared_parameters
 from codalib.workflow.profiles import StageError, profile_section
 
@@ -268,3 +268,36 @@ def test_a_broken_profile_and_a_folder_that_cannot_be_written_are_one_sentence(p
         assert main([str(path), "--profile", "tiny"]) == 1
         assert "expected a folder that can be written, got /proc/x/tiny" in caplog.text
         monkeypatch.setenv(name, str(project / "out"))
+
+
+def test_a_stage_watches_the_data_and_models_that_its_values_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("CODALIB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("CODALIB_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("PLACE", str(tmp_path / "data"))
+    for name in ("data/train/a.png", "weights/kl16/config.json", "runs/smoke/x/tokenizer/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("old")
+    values = {
+        "dataset": "imagefolder:$PLACE",
+        "vae": "kl16",
+        "tokenizers": {"own": "smoke/x/tokenizer"},
+        "tars": f"webdataset:{tmp_path}/data/{{000..127}}.tar",
+        "kind": "attention",
+        "embedded": "emoji",
+    }
+
+    def seen():
+        _listing.cache_clear()
+        return outside(values).get("outside", {})
+
+    first = seen()
+    assert set(first) == {values["dataset"], values["vae"], values["tars"]}
+    assert seen() == first
+    for name, keys in (("data/train/a.png", {"dataset", "tars"}), ("weights/kl16/config.json", {"vae"})):
+        before = seen()
+        (tmp_path / name).write_text("new")  # of the same size
+        os.utime(tmp_path / name, ns=(1, 1))
+        after = seen()
+        assert {key for key in values if before.get(str(values[key])) != after.get(str(values[key]))} == keys
+    assert outside({"dataset": "emoji", "steps": 3}) == {}
+    assert "outside(values)" in Path("Snakefile").read_text()
