@@ -31,6 +31,7 @@ VERDICTS = {  # verdict -> its CSS class, and how one and several claims are sai
     NOT_TESTED: ("quiet", "is not tested", "are not tested"),
 }
 PAPERS = "fig", "table"  # how the notebooks of the paper's figures and tables are named
+MOST_HTML = 500_000  # characters of a figure that moves: a larger one stays on its notebook's page, so that this loads
 OTHER_PAGES = {"bench": "Time and memory of the quantizers."}  # in reports/, of no profile
 SUMMARY = f"""
 **What CODA is.** A *tokenizer* turns a picture into a short list of whole numbers, so that models made for text can
@@ -246,7 +247,8 @@ def _figures(stage: Stage, folder: Path) -> list[dict[str, Any]]:
         with Image.open(own["png"]) as picture:
             entry = {"caption": result["caption"], "alt": result["alt"], "files": files, "source": figure_uri(picture)}
         if "html" in own:
-            entry["more"] = pages.Markup(own["html"].read_text(encoding="utf-8"))
+            more = own["html"].read_text(encoding="utf-8")
+            entry |= {"more": pages.Markup(more)} if len(more) <= MOST_HTML else {"moves_in": f"{stage.name}.html"}
         found.append(entry)
     return found
 

@@ -121,6 +121,13 @@ def test_a_figures_slider_stands_with_it(soup):
     assert [image["alt"] for image in soup.select("figure .levels img")] == ["image", "ours, 71.0 dB"]
 
 
+def test_a_large_figure_that_moves_stays_on_its_own_page(profile, monkeypatch):
+    monkeypatch.setattr(report, "MOST_HTML", 10)
+    soup = BeautifulSoup(report.build(profile).read_text(), "html.parser")
+    assert not soup.select(".levels")
+    assert soup.find("a", string="Move it")["href"] == "table1.html"
+
+
 def test_names_from_outside_stand_as_they_are(soup):
     assert soup.get_text().count(HOSTILE) == 4  # a table's and a figure's caption, a verdict's effect and detail
     assert not soup.select("img[onerror]")
