@@ -1,6 +1,7 @@
 """What shapes a notebook's numbers: files of the library, by its imports, and data and models outside the checkout."""
 
 import ast
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -69,8 +70,9 @@ def _listing(place: Path) -> str:
     files = [place] if place.is_file() else (Path(top, name) for top, _, names in os.walk(place) for name in names)
     rows = []
     for file in files:
-        state = file.stat()
-        rows.append((str(file), state.st_size, state.st_mtime_ns))
+        with contextlib.suppress(OSError):  # a link that leads nowhere, or a file that has just gone
+            state = file.stat()
+            rows.append((str(file), state.st_size, state.st_mtime_ns))
     return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
 
 

@@ -290,6 +290,7 @@ def test_a_stage_watches_the_data_and_models_that_its_values_name(tmp_path, monk
         _listing.cache_clear()
         return outside(values).get("outside", {})
 
+    (tmp_path / "data/train/nowhere.png").symlink_to("gone.png")
     first = seen()
     assert set(first) == {values["dataset"], values["vae"], values["tars"]}
     assert seen() == first
