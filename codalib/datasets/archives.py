@@ -109,7 +109,16 @@ class Tar:
         The index is kept in `runs/tars` where there is a folder of runs; one that is damaged is made anew.
         """
         state = os.stat(self.path)
-        key = repr((os.path.abspath(self.path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+        key = repr(
+            (
+                INDEX_FORMAT,
+                os.path.abspath(self.path),
+                state.st_ino,
+                state.st_size,
+                state.st_mtime_ns,
+                state.st_ctime_ns,
+            )
+        )
         kept = runs_folder("tars") / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
         if (table := _read_index(kept)) is None:
             table = pa.Table.from_pylist(self._samples(), _INDEX)
@@ -139,6 +148,8 @@ class Tar:
                         sample |= {"key": f"{folder}/{stem}", "offset": member.offset_data, "size": member.size}
                     elif ending in ("cls", "txt", "json"):
                         _add(sample, ending, tar.extractfile(member).read())
+        except DataError:
+            raise
         except (tarfile.TarError, OSError, ValueError) as error:
             fetched(self.path)
             raise DataError(
@@ -147,6 +158,7 @@ class Tar:
         return [sample for sample in samples.values() if "key" in sample]
 
 
+INDEX_FORMAT = 2  # raised where the same tar comes to have other rows; 1 let a sample's last picture stand
 _INDEX = pa.schema(
     {
         "key": pa.string(),

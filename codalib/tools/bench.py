@@ -207,7 +207,8 @@ def _measure_apart(case: Case, repeats: int) -> dict[str, Any]:
             return {"state": "killed by the system, probably for its memory"}
         if child.returncode != 0 and case.device != "cpu":
             log.warning("%s failed:\n%s", case.name, child.stderr[-2000:])
-            return {"state": f"failed: {child.stderr.strip().splitlines()[-1:]}"}
+            last = next(iter(child.stderr.strip().splitlines()[-1:]), f"status {child.returncode}")
+            return {"state": f"failed: {last}"}
         if child.returncode != 0:
             raise RuntimeError(f"The case {case.name} ended with status {child.returncode}:\n{child.stderr[-2000:]}")
         return read_json(result)

@@ -14,11 +14,11 @@ import nbformat
 
 import codalib
 from codalib.base.paths import runs_folder
+from codalib.datasets.images import KINDS
 from codalib.pretrained.registry import weights_folder
 from codalib.workflow.profiles import texts_in
 
 PACKAGE = Path(codalib.__file__).parent
-DATA_KINDS = ("imagefolder", "folder", "coco", "parquet", "hf", "webdataset")  # of `datasets.images.load_dataset`
 DRAWN = ("codalib.reporting", "codalib.workflow")  # rooms that only draw, write and record
 
 
@@ -45,8 +45,8 @@ def library_files(path: str | Path) -> list[str]:
     return sorted(os.path.relpath(_file(module)) for module in found)
 
 
-def outside(values: Mapping[str, Any]) -> dict[str, str]:
-    """What the data sets and models that VALUES name outside the checkout and its runs hold now: name -> 16 hex digits.
+def outside(values: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What the data and models that VALUES name outside the checkout and its runs hold: {"outside": {name: digest}}.
 
     The names, sizes and dates of the files count, which a look at the folders gives: the bytes are compared by the
     stage itself, once it runs. Empty where there are none, as with what is embedded.
@@ -54,9 +54,9 @@ def outside(values: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for text in texts_in(values):
         kind, colon, path = text.partition(":")
-        place = Path(os.path.expandvars(path if colon and kind in DATA_KINDS else text)).expanduser()
+        place = Path(os.path.expandvars(path if colon and kind in KINDS else text)).expanduser()
         place = next((one for one in (place, *place.parents) if "{" not in str(one)), place)  # tars by braces
-        if not place.is_absolute() and not (colon and kind in DATA_KINDS):
+        if not place.is_absolute() and not (colon and kind in KINDS):
             place = weights_folder() / place
             if place == weights_folder():
                 continue

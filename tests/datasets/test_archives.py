@@ -284,7 +284,9 @@ def test_bad_archives_are_one_sentence(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
         for name in ("0.jpg", "0.seg.png", "1.jpg"):  # a mask, which would stand for the picture
             add(tar, name, jpeg(0))
-    assert "sample /0 holds several pictures (0.seg.png too)" in message(f"webdataset:{tmp_path}/pairs.tar")
+    said = message(f"webdataset:{tmp_path}/pairs.tar")
+    assert "sample /0 holds several pictures (0.seg.png too)" in said
+    assert "no whole, uncompressed tar" not in said
     (tmp_path / "odd.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "Git LFS pointer" in message(f"parquet:{tmp_path}/odd.parquet")
 
