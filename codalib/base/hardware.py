@@ -94,6 +94,11 @@ def has_bfloat16() -> bool:
     return any(flag in _cpuinfo() for flag in ("avx512_bf16", "amx_bf16"))
 
 
+def chosen_precision(precision: str) -> str:
+    """What "auto" is on this machine; "float32" and "bfloat16" are themselves."""
+    return ("bfloat16" if has_bfloat16() else "float32") if precision == "auto" else precision
+
+
 def _gpu(query: str) -> Any:
     torch = sys.modules.get("torch")  # a run that never loaded torch used no GPU
     return getattr(torch.cuda, query)() if torch is not None and torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""Seeds: one stride between the seeds of runs, processes and views, and one generator a sample."""
+"""Seeds: one stride between the seeds of runs and views, one generator a sample, one seed a step."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-SEED_STRIDE = 1_000_003  # between two seeds' families: more than a run has samples, a data set images, a step processes
+SEED_STRIDE = 1_000_003  # between two seeds' families: more than a run has samples
 SEEDS = 2**32  # seeds are below it: NumPy's bound
 
 
@@ -21,3 +21,13 @@ def sample_generators(seed: int, numbers: Sequence[int]) -> "list[torch.Generato
     import torch  # here alone: what checks a seed needs no torch
 
     return [torch.Generator().manual_seed((seed * SEED_STRIDE + number) % 2**64) for number in numbers]
+
+
+def step_seed(seed: int, step: int, process: int = 0) -> int:
+    """A seed of 64 bits for one step of one process, by NumPy's SeedSequence: no two share their noise.
+
+    A sum would: seed 1 at a step would draw what seed 0 draws at the next.
+    """
+    import numpy as np  # here alone, as above
+
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0])

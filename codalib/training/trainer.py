@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from codalib.base.files import atomic_write, read_json, sha256, write_json, writing
-from codalib.base.hardware import ThreadWatch, has_bfloat16
+from codalib.base.hardware import ThreadWatch, chosen_precision
 from codalib.base.processes import make_accelerator
-from codalib.base.seeds import SEED_STRIDE
+from codalib.base.seeds import step_seed
 from codalib.models.checks import check_finite
 from codalib.training.settings import LoopSettings
 from codalib.training.trackers import chosen_tracker, start_tracker
@@ -122,8 +122,7 @@ class Stage:
 
     @property
     def bfloat16(self) -> bool:
-        precision = self.settings.precision
-        return has_bfloat16() if precision == "auto" else precision == "bfloat16"
+        return chosen_precision(self.settings.precision) == "bfloat16"
 
 
 class Trainer:
@@ -153,6 +152,7 @@ class Trainer:
         self.settings, self.folder, self.accelerator = settings, Path(folder), accelerator
         self.module, self.optimizers, self.companions = module, optimizers, companions or {}
         inputs["processes"] = accelerator.num_processes  # the batch is shared by all of them
+        inputs["precision"] = chosen_precision(settings.precision)  # "auto" is another one on another machine
         self.checkpoints = self.folder / "checkpoints" / settings.fingerprint(**inputs)
         for name, what in (
             ("warmup_steps", "the learning rate is never reached"),
@@ -205,7 +205,7 @@ class Trainer:
         while not self.ends:
             micro_batches = [next(stream) for _ in range(self.settings.accumulation)]
             # After the batches: a loader that starts takes a number from the global generator, in a resumed run too.
-            torch.manual_seed(self.settings.seed + self.step + SEED_STRIDE * self.accelerator.process_index)
+            torch.manual_seed(step_seed(self.settings.seed, self.step, self.accelerator.process_index))
             rate = self._set_rates()
             began = time.monotonic()
             terms = stage.train_step(micro_batches, self.step)

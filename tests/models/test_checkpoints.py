@@ -132,7 +132,9 @@ def test_weights_that_are_no_numbers_do_not_load(tokenizer):
         load_tokenizer(tokenizer)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"scaling_factor": 0.6}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"scaling_factor": 0.6}, {"norm_num_groups": 2}, {"act_fn": "relu"}], ids=str
+)
 def test_another_vae_of_equal_shapes_is_refused(tokenizer, saved, change):
     tiny_vae(**change).save_pretrained(saved)
     with pytest.raises(ValueError, match=r"tokenizer: it was saved on the VAE \w{16}, got the VAE \w{16}"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from codalib.base import hardware
 from codalib.base.processes import make_accelerator
 from codalib.datasets.images import load_dataset
 from codalib.evaluation.latents import encode_images
@@ -305,14 +306,23 @@ class NoteNoise(Stage):
 
 def test_each_steps_noise_is_its_own_and_the_rate_is_the_schedules(tmp_path):
     stages = []
-    for number, seed in enumerate((0, 0, 100)):
+    for number, seed in enumerate((0, 0, 1)):
         trainer, _ = line_trainer(tmp_path / str(number), seed=seed, final_learning_rate=0.2)
         stages.append(NoteNoise(trainer))
         trainer.run(stages[-1], "noise")
     first, again, other = (torch.stack(stage.noise) for stage in stages)
     assert torch.equal(first, again)
-    assert len(torch.cat([first, other]).unique(dim=0)) == 8
+    assert len(torch.cat([first, other]).unique(dim=0)) == 8  # a neighbouring seed shares none
     assert stages[0].rates == pytest.approx([0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(4)])
+
+
+@pytest.mark.parametrize(("precision", "runs"), [("auto", 2), ("float32", 1), ("bfloat16", 1)])
+def test_a_machine_that_computes_in_another_precision_starts_a_run_of_its_own(tmp_path, monkeypatch, precision, runs):
+    folders = set()
+    for has in (False, True):
+        monkeypatch.setattr(hardware, "has_bfloat16", lambda has=has: has)
+        folders.add(line_trainer(tmp_path, precision=precision)[0].checkpoints)
+    assert len(folders) == runs
 
 
 def test_the_tokenizers_two_optimisers_step_once_a_step_on_all_that_they_train(vae, images, tmp_path, calls):

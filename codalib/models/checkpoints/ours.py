@@ -190,9 +190,14 @@ def load_adapters(vae: ContinuousVAE, folder: str | Path) -> ContinuousVAE:
 
 
 def vae_digest(vae: ContinuousVAE) -> str:
-    """Changes with the weights, scale and shift of a VAE, whose adapters do not count: 16 hex digits."""
+    """Changes with the function that a VAE is, without its adapters: 16 hex digits.
+
+    That is its weights, their names and shapes, its scale and shift, and what none of these tell: its group
+    normalisations' groups and its activation.
+    """
     state = {n.replace(".base_layer", ""): v for n, v in vae.autoencoder.state_dict().items() if ".lora_" not in n}
-    digest = hashlib.sha256(repr((vae.scale, vae.shift)).encode())
+    config = vae.autoencoder.config
+    digest = hashlib.sha256(repr((vae.scale, vae.shift, config.norm_num_groups, config.act_fn)).encode())
     for name, value in sorted(_on_cpu(state).items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.float().numpy().data)
