@@ -324,7 +324,7 @@ def class_names(labels: set, place: str) -> list[str]:
     if labels == {None}:
         return ["image"]
     if None in labels:
-        raise DataError(f"{place} holds pictures with and without a label, expected one for each or for none")
+        raise DataError(f"expected a label of each picture or of none in {place}, got some of both")
     if not all(str(label).removeprefix("-").isdecimal() for label in labels):
         return sorted(map(str, labels))
     if min(map(int, labels)) < 0:

@@ -250,7 +250,7 @@ def _emoji(split: str) -> tuple[list[Item], list[str]]:
 def _archive(kind: str, place: Path, split: str) -> tuple[list[Item], list[str]]:
     rows, classes = (tar_rows(str(place)), None) if kind == "webdataset" else table_rows(str(place), kind == "parquet")
     if not sum(map(len, rows.values())):
-        raise DataError(f"{place} holds no pictures: expected one at least for each split")
+        raise DataError(f"expected a picture at least for each split in {place}, got none")
     log.info("not compared whether pictures of %s are in both splits", place)
     classes = classes or class_names({row.label for own in rows.values() for row in own}, str(place))
     if "val" not in rows:
@@ -319,7 +319,7 @@ def _imagefolder(root: Path, split: str) -> tuple[list[Item], list[str]]:
     ]
     if not items:
         raise DataError(
-            f"{folders[split]} holds no images: expected one folder a class with {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"expected one folder a class with {', '.join(sorted(IMAGE_SUFFIXES))} in {folders[split]}, got no images"
         )
     return items, [printable(name) for name in classes]
 
@@ -331,7 +331,7 @@ def _coco(root: Path, split: str) -> tuple[list[Item], list[str]]:
     year = next((year for year in COCO_YEARS if all((s, year) in there for s in SPLITS)), None)
     if year is None and {s for s, _ in there} == set(SPLITS):
         raise DataError(
-            f"{root} holds {' and '.join(paths[key].name for key in there)}, expected both splits of one year: images "
+            f"expected both splits of one year in {root}, got {' and '.join(paths[key].name for key in there)}: images "
             "that one year trains on are validation images of the other"
         )
     year = year or next((year for s, year in there if s == split), None)
@@ -370,8 +370,8 @@ def _folder(root: Path, split: str) -> tuple[list[Item], list[str]]:
     files = _image_files(root)
     if len(files) < 2:
         raise DataError(
-            f"{root} holds {len(files)} images ({', '.join(sorted(IMAGE_SUFFIXES))}), expected at least 2: "
-            "one to train on and one to measure on"
+            f"expected at least 2 images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {root}, one to train on and one to "
+            f"measure on, got {len(files)}"
         )
     sides = _hold_out(files, [os.path.relpath(path, root) for path in files])
     _check_apart(*sides.values())

@@ -31,7 +31,7 @@ CPU_BATCH = 4  # images: at 224 pixels the feature maps of more leave the cache,
 def _truncated_8bit(images: Tensor) -> Tensor:
     # The release truncates; the Frechet distances round (`pretrained.networks.to_8bit`).
     if not torch.isfinite(images).all():
-        raise ValueError("got images that are not finite, expected values around [-1, 1]: the model has diverged")
+        raise ValueError("expected images with values around [-1, 1], got NaN or inf: the model has diverged")
     return (((images.float() + 1) / 2).clamp(0, 1) * 255).to(torch.uint8).double()
 
 
@@ -40,8 +40,8 @@ def _check_pair(reference: Tensor, reconstruction: Tensor) -> None:
     check_images(reconstruction)
     if reference.shape != reconstruction.shape:
         raise ValueError(
-            f"got a reference of shape {tuple(reference.shape)} and a reconstruction of shape "
-            f"{tuple(reconstruction.shape)}, expected the same (B, 3, h, w)"
+            f"expected a reference and a reconstruction of one shape (B, 3, h, w), got {tuple(reference.shape)} and "
+            f"{tuple(reconstruction.shape)}"
         )
     if len(reference) and not reference.abs().max() <= IMAGE_BOUND:
         raise ValueError(f"expected a reference in [-1, 1], got values up to {reference.abs().max():g}: rescale it")
@@ -84,7 +84,7 @@ def ssim(reference: Tensor, reconstruction: Tensor) -> Tensor:
     _check_pair(reference, reconstruction)
     height, width = reference.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
-        raise ValueError(f"got images of {height} x {width} pixels, expected at least {SSIM_WINDOW} a side for SSIM")
+        raise ValueError(f"expected images of at least {SSIM_WINDOW} pixels a side for SSIM, got {height} x {width}")
     x, y = _truncated_8bit(reference), _truncated_8bit(reconstruction)
     rows, columns = _window(height, x.device), _window(width, x.device)
     moments = rows.T @ torch.stack([x, y, x * x, y * y, x * y]) @ columns  # (5, B, 3, h - 10, w - 10)
@@ -118,8 +118,8 @@ class QuantizationError(Metric):
         """Add a batch: normalised latents and quantized values, both (B, C, H, W)."""
         if latents.shape != quantized.shape:
             raise ValueError(
-                f"got latents of shape {tuple(latents.shape)} and quantized ones of shape {tuple(quantized.shape)}, "
-                "expected the same (B, C, H, W)"
+                f"expected latents and quantized ones of one shape (B, C, H, W), got {tuple(latents.shape)} and "
+                f"{tuple(quantized.shape)}"
             )
         self.squared += (latents.double() - quantized.double()).square().sum().to(self.squared.device)
         self.elements += latents.numel()
@@ -151,13 +151,13 @@ class Utilization(Metric):
     def update(self, indices: list[Tensor]) -> None:
         """Add a batch: one LongTensor (B, p, p) for each level, values in [0, K)."""
         if len(indices) != self.num_levels:
-            raise ValueError(f"got the indices of {len(indices)} levels, expected {self.num_levels}")
+            raise ValueError(f"expected the indices of {self.num_levels} levels, got {len(indices)}")
         for level, codes in enumerate(indices):
             lowest, highest = codes.aminmax()
             if lowest < 0 or highest >= self.codebook_size:
                 raise ValueError(
-                    f"got indices from {lowest.item()} to {highest.item()} at level {level + 1}, "
-                    f"expected [0, {self.codebook_size}): is this the tokenizer's codebook_size?"
+                    f"expected indices in [0, {self.codebook_size}) at level {level + 1}, got {lowest.item()} to "
+                    f"{highest.item()}: is this the tokenizer's codebook_size?"
                 )
             counts = torch.bincount(codes.flatten(), minlength=self.codebook_size)
             self.counts[level] += counts.to(self.counts.device)
@@ -220,7 +220,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
     def __init__(self, extractor: InceptionFID | EfficientNetLite0, resolution: int = 224) -> None:
         if not isinstance(extractor, InceptionFID | EfficientNetLite0):
-            raise TypeError(f"got an extractor {type(extractor).__name__}, expected InceptionFID or EfficientNetLite0")
+            raise TypeError(f"expected an extractor InceptionFID or EfficientNetLite0, got {type(extractor).__name__}")
         super().__init__(feature=_PooledFeatures(extractor, resolution))
         inception = isinstance(extractor, InceptionFID)
         self.extractor_side = 299 if inception else resolution
@@ -254,7 +254,7 @@ def build_frechet(name: str | None, resolution: int = 224) -> FrechetDistance | 
     if name == "auto":
         name = "fid" if has_weights("inception_fid") else "fd_effnet"
     if name not in (None, "rfid", "fid", "fd_effnet"):
-        raise ValueError(f"got the Frechet distance {name!r}, expected rfid, fid, fd_effnet, auto or None")
+        raise ValueError(f"expected the Frechet distance rfid, fid, fd_effnet, auto or None, got {name!r}")
     if name is None:
         return None
     return FrechetDistance(EfficientNetLite0() if name == "fd_effnet" else InceptionFID(), resolution)
@@ -284,7 +284,7 @@ class ReconstructionMetrics(nn.Module):
     ) -> None:
         super().__init__()
         if (codebook_size is None) != (num_levels is None):
-            raise ValueError(f"got codebook_size {codebook_size} and num_levels {num_levels}, expected both or neither")
+            raise ValueError(f"expected codebook_size and num_levels or neither, got {codebook_size} and {num_levels}")
         self.reference_set = reference_set
         self.images, self.pixels, self.exact = (SumMetric().set_dtype(torch.float64) for _ in range(3))
         self.psnr, self.ssim, self.distance = (
@@ -321,9 +321,11 @@ class ReconstructionMetrics(nn.Module):
             indices: one LongTensor (B, p, p) for each level.
         """
         if (latents is None) != (quantized is None):
-            raise ValueError("got only one of latents and quantized, expected both or neither")
+            raise ValueError("expected both latents and quantized or neither, got one")
         if indices is not None and self.utilization is None:
-            raise ValueError("got indices, expected none: give ReconstructionMetrics a codebook_size and num_levels")
+            raise ValueError(
+                "expected no indices without a codebook_size and num_levels, got some: give ReconstructionMetrics both"
+            )
         values = psnr(images, reconstruction)
         self.psnr.update(finite_psnr(values, images))
         self.exact.update(values.isinf().sum())
@@ -363,8 +365,8 @@ class ReconstructionMetrics(nn.Module):
             real, fake = self.frechet.real_features_num_samples, self.frechet.fake_features_num_samples
             if real != fake:
                 raise RuntimeError(
-                    f"got {fake.item()} reconstructions against the {real.item()} reference images of an earlier "
-                    "evaluation, expected the same images: evaluate the same set, or build a new Frechet distance"
+                    f"expected the {real.item()} images of an earlier evaluation as reference, got {fake.item()}: "
+                    "evaluate the same set, or build a new Frechet distance"
                 )
             values[self._frechet_name] = self.frechet.compute()
         return {name: float(value) for name, value in values.items()}
@@ -450,7 +452,7 @@ def precision_recall(reference: Tensor, samples: Tensor, neighbours: int = 3, ch
     """
     if min(len(reference), len(samples)) <= neighbours:
         raise ValueError(
-            f"got {len(reference)} references and {len(samples)} samples, expected more than neighbours = {neighbours}"
+            f"expected more than {neighbours} references and samples, got {len(reference)} and {len(samples)}"
         )
 
     def covered(points: Tensor, manifold: Tensor) -> float:
@@ -472,8 +474,7 @@ def coverage(reference: Tensor, samples: Tensor, neighbours: int = 3, chunk: int
     """
     if len(reference) <= neighbours or not len(samples):
         raise ValueError(
-            f"got {len(reference)} references and {len(samples)} samples, expected more than neighbours = {neighbours} "
-            "references and a sample"
+            f"expected more than {neighbours} references and a sample, got {len(reference)} and {len(samples)}"
         )
     found = []
     for part in reference.split(chunk):

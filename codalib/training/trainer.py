@@ -476,7 +476,7 @@ def _move(source: Path, target: Path) -> None:
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor], where: Path) -> None:
     if source.keys() != target.keys():
         raise ValueError(
-            f"{where} holds {len(source)} tensors, expected {len(target)}: it belongs to another model; remove it"
+            f"expected {len(target)} tensors in {where}, got {len(source)}: it belongs to another model; remove it"
         )
     with torch.no_grad():
         for name, value in source.items():

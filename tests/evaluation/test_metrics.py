@@ -55,7 +55,7 @@ def test_psnr_and_ssim_at_their_extremes():
 
 def test_bad_pairs_are_refused():
     images = random_images(2)
-    with pytest.raises(ValueError, match="expected the same"):
+    with pytest.raises(ValueError, match=r"of one shape \(B, "):
         metrics.psnr(images, images[:1])
     with pytest.raises(ValueError, match="at least 11"):
         metrics.ssim(images[..., :8, :], images[..., :8, :])
@@ -77,7 +77,7 @@ def test_quantization_error_is_over_elements_not_batches():
     error.update(torch.ones(3, 2, 2, 2), torch.zeros(3, 2, 2, 2))
     error.update(torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), -1.0))
     assert error.compute().item() == pytest.approx((3 * 1 + 1 * 4) / 4)
-    with pytest.raises(ValueError, match="expected the same"):
+    with pytest.raises(ValueError, match=r"of one shape \(B, "):
         error.update(torch.ones(1, 2), torch.ones(2, 2))
 
 
@@ -106,7 +106,7 @@ def test_perplexity_of_uniform_use_is_the_codebook_size():
 
 def test_indices_are_checked():
     usage = metrics.Utilization(codebook_size=4, num_levels=1)
-    with pytest.raises(ValueError, match="2 levels, expected 1"):
+    with pytest.raises(ValueError, match="expected the indices of 1 levels, got 2"):
         usage.update([torch.zeros(1, 1, 1).long()] * 2)
     with pytest.raises(ValueError, match="codebook_size"):
         usage.update([torch.tensor([[[4]]])])
@@ -135,7 +135,7 @@ def test_frechet_metric_is_the_gaussian_distance_of_8bit_features(effnet):
     twin = distance.with_same_reference()
     twin.update(fake, real=False)
     assert twin.compute().item() == pytest.approx(distance.compute().item(), rel=1e-4)
-    with pytest.raises(TypeError, match="expected InceptionFID"):
+    with pytest.raises(TypeError, match="expected an extractor InceptionFID"):
         metrics.FrechetDistance(torch.nn.Identity())
 
 
@@ -146,7 +146,7 @@ def test_frechet_names(monkeypatch, tmp_path):
     assert metrics.build_frechet(None) is None
     with pytest.raises(registry.MissingWeights):
         metrics.build_frechet("rfid")
-    with pytest.raises(ValueError, match="expected rfid"):
+    with pytest.raises(ValueError, match="expected the Frechet distance rfid"):
         metrics.build_frechet("kid")
 
     class Inception(features.InceptionFID):  # the real one needs its file; see test_networks.py
@@ -228,7 +228,7 @@ def test_reconstruction_metrics_stream():
         second.update(**part(evaluation, rows))
     assert second.compute()["fd_effnet@32"] == pytest.approx(values["fd_effnet@32"], rel=1e-4)
     second.update(**part(evaluation, slice(0, 2)))
-    with pytest.raises(RuntimeError, match="8 reconstructions against the 6"):
+    with pytest.raises(RuntimeError, match=r"expected the 6 images .* got 8"):
         second.compute()
     with pytest.raises(ValueError, match="with_same_reference"):
         metrics.ReconstructionMetrics(frechet=whole.frechet)
@@ -253,11 +253,11 @@ def test_one_image_leaves_the_frechet_distance_out_and_says_why(effnet):
 
 
 def test_reconstruction_metrics_refuse_half_a_pair():
-    with pytest.raises(ValueError, match="expected both or neither"):
+    with pytest.raises(ValueError, match="num_levels or neither"):
         metrics.ReconstructionMetrics(codebook_size=8, frechet=None)
     measured = metrics.ReconstructionMetrics(frechet=None)
     images = random_images(1)
-    with pytest.raises(ValueError, match="only one of latents"):
+    with pytest.raises(ValueError, match="both latents and quantized or neither"):
         measured.update(images, images, latents=images)
     with pytest.raises(ValueError, match="codebook_size"):
         measured.update(images, images, indices=[torch.zeros(1, 1, 1).long()])
@@ -317,9 +317,9 @@ def test_precision_and_recall():
     assert recall < 0.2
     point = torch.ones(5, 2)  # at no distance, which is that of its nearest
     assert metrics.precision_recall(point, point) == (1, 1)
-    with pytest.raises(ValueError, match="more than neighbours"):
+    with pytest.raises(ValueError, match="more than 3 references and samples"):
         metrics.precision_recall(cloud[:3], other)
-    with pytest.raises(ValueError, match="more than neighbours"):
+    with pytest.raises(ValueError, match="more than 3 references and samples"):
         metrics.precision_recall(cloud, other[:3])
     assert metrics.precision_recall(cloud[:4], cloud[:4]) == (1, 1)
 
@@ -331,7 +331,7 @@ def test_coverage_is_the_share_of_references_with_a_sample_close_by():
     cloud = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
     assert metrics.coverage(cloud[:300], cloud[300:], chunk=64) == pytest.approx(1 - 2**-3, abs=0.05)
     assert metrics.coverage(cloud, cloud + 100) == 0
-    with pytest.raises(ValueError, match="more than neighbours = 3"):
+    with pytest.raises(ValueError, match="more than 3 references and a sample"):
         metrics.coverage(cloud[:3], cloud)
 
 
