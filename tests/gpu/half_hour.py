@@ -45,7 +45,7 @@ def parts(out: Path, tiny: bool) -> dict[str, list[str]]:
     """Name -> command, in the order of what is wanted first."""
     python, own = sys.executable, [sys.executable, str(Path(__file__)), "--out", str(out), *(["--tiny"] * tiny)]
     golden = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
-    tests = [*golden, "tests/test_gpu.py", "tests/kernels", "tests/models/test_quantizer.py", "-m", "gpu"]
+    tests = [*golden, "tests/test_gpu.py", "tests/kernels", "tests/models", "-m", "gpu"]
     bench = [python, "-m", "codalib", "bench", *(["--quick"] * tiny)]
     commands = {
         "machine": [python, "-m", "codalib", "info"],
