@@ -13,6 +13,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 
 from codalib.evaluation.metrics import (
     COVARIANCE_IMAGES,
+    KERNEL_PROTOCOL,
     FrechetDistance,
     frechet_distance,
     kernel_distance,
@@ -119,7 +120,7 @@ class Reference:
         reference = f"{len(self.features):,} {self.images}, centre crop"
         texts = {
             self.distance.name: f"{network}; {samples:,} samples against {reference}; rounded to 8 bits",
-            self.distance.kernel_name: "the kernel distance (KID) of the same features, over all pairs, unbiased",
+            self.distance.kernel_name: KERNEL_PROTOCOL,
             "precision": f"fraction of samples within {self.neighbours} neighbours' distance of {reference}",
             "recall": f"fraction of {reference} within {self.neighbours} neighbours' distance of a sample",
         }

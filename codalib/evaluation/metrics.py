@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities import dim_zero_cat
 
 from codalib.models.checks import IMAGE_BOUND
 from codalib.pretrained.networks import EfficientNetLite0, InceptionFID, check_images, to_8bit
@@ -25,6 +26,7 @@ SSIM_SIGMA = 1.5  # pixels
 SSIM_C1 = (0.01 * 255) ** 2
 SSIM_C2 = (0.03 * 255) ** 2
 COVARIANCE_IMAGES = 2  # that a covariance takes at least
+KERNEL_PROTOCOL = "the kernel distance (KID) of the same features, over all pairs, unbiased"
 CPU_BATCH = 4  # images: at 224 pixels the feature maps of more leave the cache, and each takes about twice as long
 
 
@@ -195,8 +197,13 @@ class _PooledFeatures(nn.Module):
         super().__init__()
         self.extractor, self.resolution = extractor, resolution
         self.num_features = extractor.num_features
+        self.last: Tensor | None = None  # what it gave last
 
     def forward(self, images: Tensor) -> Tensor:
+        self.last = self._pooled(images)
+        return self.last
+
+    def _pooled(self, images: Tensor) -> Tensor:
         check_images(images)
         with torch.autocast(images.device.type, enabled=False):
             if isinstance(self.extractor, InceptionFID):
@@ -208,6 +215,8 @@ class _PooledFeatures(nn.Module):
 
 class FrechetDistance(FrechetInceptionDistance):
     """Frechet distance of Gaussians fitted to pooled features: torchmetrics's, on a named extractor.
+
+    The features themselves are kept too, N x D numbers, for the kernel distance (`kernel`), which does not depend on N.
 
     `name` is "fid" with the paper's Inception, "fd_effnet@SIDE" with EfficientNet-Lite0 that sees images of so many
     pixels; no two names are comparable. Call `update(images, real=...)` with images (B, 3, h, w) in [-1, 1]; they are
@@ -225,19 +234,36 @@ class FrechetDistance(FrechetInceptionDistance):
         inception = isinstance(extractor, InceptionFID)
         self.extractor_side = 299 if inception else resolution
         self.name = "fid" if inception else f"fd_effnet@{resolution}"
-        self.kernel_name = "kid" if inception else f"kd_effnet@{resolution}"  # of `kernel_distance` on the features
+        self.kernel_name = "kid" if inception else f"kd_effnet@{resolution}"
+        self.add_state("real_features", [], dist_reduce_fx="cat")
+        self.add_state("fake_features", [], dist_reduce_fx="cat")
+
+    def update(self, imgs: Tensor, real: bool) -> None:
+        super().update(imgs, real)
+        (self.real_features if real else self.fake_features).append(self.inception.last)
+
+    def kernel(self) -> float:
+        """`kernel_distance` of the same features, over all processes."""
+        with self.sync_context():
+            return kernel_distance(dim_zero_cat(self.real_features), dim_zero_cat(self.fake_features))
 
     def with_same_reference(self) -> "FrechetDistance":
         """A new distance with the same network and the real images seen so far, so that they are not read again."""
         twin = FrechetDistance(self.inception.extractor, self.inception.resolution)
         for state in ("real_features_sum", "real_features_cov_sum", "real_features_num_samples"):
             setattr(twin, state, getattr(self, state).clone())
+        twin.real_features = list(self.real_features)
         return twin.to(self.real_features_sum.device)
 
 
 def frechet_column(row: Mapping[str, Any]) -> str | None:
     """Which of a row's columns is a Frechet distance, the first of them; None where there is none."""
     return next((name for name in row if name in ("rfid", "fid") or name.startswith("fd_effnet@")), None)
+
+
+def kernel_column(row: Mapping[str, Any]) -> str | None:
+    """The same for kernel distances."""
+    return next((name for name in row if name in ("rkid", "kid") or name.startswith("kd_effnet@")), None)
 
 
 def build_frechet(name: str | None, resolution: int = 224) -> FrechetDistance | None:
@@ -348,8 +374,8 @@ class ReconstructionMetrics(nn.Module):
         """The metrics by name, over all processes; those that were given nothing are left out, or too few images.
 
         `psnr` (dB), `ssim`, the perceptual distance's name, `quantization_error`, `utilization`, `perplexity` and both
-        `_level_1`, ..., `bits_per_pixel` and `coded_bits_per_pixel` (see `Utilization`), and `rfid` or
-        `fd_effnet@SIDE`.
+        `_level_1`, ..., `bits_per_pixel` and `coded_bits_per_pixel` (see `Utilization`), and `rfid` and `rkid` or
+        `fd_effnet@SIDE` and `kd_effnet@SIDE`.
         """
         if not self.psnr.update_called:
             raise RuntimeError("no image was measured: call update before compute")
@@ -368,7 +394,7 @@ class ReconstructionMetrics(nn.Module):
                     f"expected the {real.item()} images of an earlier evaluation as reference, got {fake.item()}: "
                     "evaluate the same set, or build a new Frechet distance"
                 )
-            values[self._frechet_name] = self.frechet.compute()
+            values |= zip(self._distances, (self.frechet.compute(), self.frechet.kernel()), strict=True)
         return {name: float(value) for name, value in values.items()}
 
     def protocol(self) -> dict[str, str]:
@@ -388,25 +414,29 @@ class ReconstructionMetrics(nn.Module):
             network = "LPIPS, VGG16" if self.perceptual.name == "perceptual_vgg" else "EfficientNet-Lite0, not LPIPS"
             texts[self.perceptual.name] = f"{network}; {images}; reconstruction clamped, not rounded"
         if self.frechet is not None:
-            inception = self._frechet_name == "rfid"
+            frechet, kernel = self._distances
+            inception = frechet == "rfid"
             network = (
                 "TF-ported InceptionV3, 2048-d" if inception else "EfficientNet-Lite0, 1280-d, not comparable with FID"
             )
             resize = "bilinear, not antialiased" if inception else "bicubic, antialiased"
-            texts[self._frechet_name] = (
+            texts[frechet] = (
                 f"{network}; {int(self.images.compute()):,} reconstructions against as many reference images: "
                 f"{self.reference_set}; clamped, rounded to 8 bits, resized to {self.frechet.extractor_side} ({resize})"
             )
+            texts[kernel] = KERNEL_PROTOCOL
         if exact := int(self.exact.compute()):
             texts["psnr"] += f"; {exact:,} equal in 8 bits, counted as if one of their values were off by one"
         made = {name: texts[name.split("_level_")[0]] for name in self.compute()}
-        if self.frechet is not None and self._frechet_name not in made:
-            made[self._frechet_name] = f"left out: it takes {COVARIANCE_IMAGES} images, got 1"
+        if self.frechet is not None and frechet not in made:
+            made |= dict.fromkeys(self._distances, f"left out: it takes {COVARIANCE_IMAGES} images, got 1")
         return made
 
     @property
-    def _frechet_name(self) -> str:
-        return "rfid" if self.frechet.name == "fid" else self.frechet.name
+    def _distances(self) -> tuple[str, str]:
+        """The names of the Frechet and of the kernel distance; of reconstructions, as the field has it."""
+        frechet, kernel = self.frechet.name, self.frechet.kernel_name
+        return ("rfid", "rkid") if frechet == "fid" else (frechet, kernel)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:

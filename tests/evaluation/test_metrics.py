@@ -132,9 +132,11 @@ def test_frechet_metric_is_the_gaussian_distance_of_8bit_features(effnet):
     pooled = [effnet.pooled(features.to_8bit(x).float() / 127.5 - 1, 32).double() for x in (real, fake)]
     moments = [moment for x in pooled for moment in (x.mean(0), x.T.cov())]
     assert distance.compute().item() == pytest.approx(metrics.frechet_distance(*moments), rel=1e-3)
+    assert distance.kernel() == pytest.approx(metrics.kernel_distance(*pooled), rel=1e-4)
     twin = distance.with_same_reference()
     twin.update(fake, real=False)
     assert twin.compute().item() == pytest.approx(distance.compute().item(), rel=1e-4)
+    assert twin.kernel() == pytest.approx(distance.kernel(), rel=1e-4)
     with pytest.raises(TypeError, match="expected an extractor InceptionFID"):
         metrics.FrechetDistance(torch.nn.Identity())
 
@@ -163,7 +165,7 @@ def test_frechet_names(monkeypatch, tmp_path):
     measured = metrics.ReconstructionMetrics(frechet="auto")
     assert measured.frechet.name == "fid"
     measured.update(random_images(3), random_images(3, seed=1))
-    assert list(measured.compute()) == ["psnr", "ssim", "rfid"]
+    assert list(measured.compute()) == ["psnr", "ssim", "rfid", "rkid"]
     assert "TF-ported InceptionV3" in measured.protocol()["rfid"]
 
 
@@ -188,7 +190,7 @@ def part(evaluation: dict[str, object], rows: slice) -> dict[str, object]:
 
 def state_size(measured: metrics.ReconstructionMetrics) -> int:
     held = [module.metric_state for module in measured.modules() if isinstance(module, Metric)]
-    return sum(tensor.numel() for states in held for tensor in states.values())
+    return sum(tensor.numel() for states in held for tensor in states.values() if isinstance(tensor, torch.Tensor))
 
 
 def test_reconstruction_metrics_stream():
@@ -208,12 +210,16 @@ def test_reconstruction_metrics_stream():
 
     streamed = metrics.ReconstructionMetrics(**options, perceptual=whole.perceptual)
     size = sum(
-        buffer.numel() for metric in streamed.modules() for buffer in getattr(metric, "metric_state", {}).values()
+        buffer.numel()
+        for metric in streamed.modules()
+        for buffer in getattr(metric, "metric_state", {}).values()
+        if isinstance(buffer, torch.Tensor)
     )
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):  # a ragged last batch, too
         streamed.update(**part(evaluation, rows))
     assert streamed.compute() == pytest.approx(values, rel=1e-4)
-    assert 0 < size == state_size(streamed)
+    assert 0 < size == state_size(streamed)  # but for the features, of which a kernel distance takes all
+    assert sum(part.numel() for part in streamed.frechet.fake_features) == 6 * 1280
 
     protocol = whole.protocol()
     assert list(protocol) == list(values)
@@ -226,7 +232,8 @@ def test_reconstruction_metrics_stream():
     second = metrics.ReconstructionMetrics(8, 2, frechet=whole.frechet.with_same_reference())
     for rows in (slice(0, 3), slice(3, 6)):
         second.update(**part(evaluation, rows))
-    assert second.compute()["fd_effnet@32"] == pytest.approx(values["fd_effnet@32"], rel=1e-4)
+    for name in ("fd_effnet@32", "kd_effnet@32"):
+        assert second.compute()[name] == pytest.approx(values[name], rel=1e-4)
     second.update(**part(evaluation, slice(0, 2)))
     with pytest.raises(RuntimeError, match=r"expected the 6 images .* got 8"):
         second.compute()
@@ -247,7 +254,8 @@ def test_one_image_leaves_the_frechet_distance_out_and_says_why(effnet):
     measured = metrics.ReconstructionMetrics(frechet=metrics.FrechetDistance(effnet, 32))
     measured.update(random_images(1), random_images(1, seed=1))
     assert list(measured.compute()) == ["psnr", "ssim"]
-    assert measured.protocol()["fd_effnet@32"] == "left out: it takes 2 images, got 1"
+    for name in ("fd_effnet@32", "kd_effnet@32"):
+        assert measured.protocol()[name] == "left out: it takes 2 images, got 1"
     measured.update(random_images(1, seed=2), random_images(1, seed=3))
     assert measured.compute()["fd_effnet@32"] > 0
 
