@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codalib.base.files import atomic_folder
 from codalib.datasets.images import ImageDataset, evaluation_batches
 from codalib.evaluation.generation_metrics import moments
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
@@ -171,6 +172,15 @@ class AdaptedTrials:
         if not folder.exists():
             self._train(own, fit, name)
         return folder
+
+    def keep_tokenizers(self, rows: Sequence[Mapping[str, Any]], cell: str, folder: str | Path) -> int:
+        """Copy the tokenizers of a cell at its best to FOLDER/seed-N, in place of older ones; returns how many."""
+        best = [row["settings"] for row in rows if row["cell"] == cell and row["setting"] == "best" and "test" in row]
+        with atomic_folder(folder) as new:
+            for own in best:
+                place = self.tokenizer(cell, own["learning_rate"], own["seed"])
+                shutil.copytree(place, new / f"seed-{own['seed']}")
+        return len(best)
 
     def _inputs(self, own: TokenizerSettings, fit: QuantizerSettings) -> list[Any]:
         return [PROTOCOL, self.data.digest, own.deciding(), fit.deciding()]

@@ -104,6 +104,17 @@ def test_each_settings_tokenizer_is_kept_apart(tmp_path, data):
         assert load_tokenizer(one.tokenizer(*asked)).quantizer.codebook_size == codes
 
 
+def test_the_tokenizers_of_a_cell_at_its_best_are_kept_one_a_seed(tmp_path, data):
+    own, cell, place = trials(tmp_path, data), "nearest, frozen VAE", tmp_path / "kept"
+    (place / "seed-7").mkdir(parents=True)  # of an earlier run
+    rows = [own.trial(cell, 0.001, seed) | {"setting": "best"} for seed in (0, 2)]
+    odd = [rows[0] | {"setting": "tried"}, {"cell": cell, "setting": "best", "settings": {"seed": 1}, "choose": {}}]
+    assert own.keep_tokenizers([*rows, *odd], cell, place) == 2
+    assert sorted(folder.name for folder in place.iterdir()) == ["seed-0", "seed-2"]
+    codes = [load_tokenizer(folder).quantizer.codebooks.weight for folder in sorted(place.iterdir())]
+    assert not torch.equal(*codes)
+
+
 def test_a_tokenizer_from_scratch_has_no_start_on_latents(tmp_path, data, monkeypatch):
     monkeypatch.setattr("codalib.experiments.adapted.fit_quantizer", lambda *_: pytest.fail("started on latents"))
     row = trials(tmp_path, data).trial("nearest, from scratch", 0.001, 1)
