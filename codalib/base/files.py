@@ -64,6 +64,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         new.rename(path)
 
 
+NUMBERS = re.compile(r"\[\n((?:[^\[\]{}\"\n]+\n)+?) *\]")  # a list without strings, lists and objects, an item a line
 _HELD: dict[Path, IO] = {}  # the locks of this process
 
 
@@ -130,10 +131,13 @@ def read_json(path: str | Path, *keys: str) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write VALUE atomically; numpy and torch scalars become numbers, a float that is not finite becomes null."""
+    """Write VALUE atomically; numpy and torch scalars become numbers, a float that is not finite becomes null.
+
+    A list of numbers stands on one line.
+    """
+    text = json.dumps(_plain(value), indent=2, allow_nan=False)
     with atomic_write(path) as file:
-        json.dump(_plain(value), file, indent=2, allow_nan=False)
-        file.write("\n")
+        file.write(NUMBERS.sub(lambda found: "[" + ", ".join(found[1].replace(",", " ").split()) + "]", text) + "\n")
 
 
 def _plain(value: Any) -> Any:

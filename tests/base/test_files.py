@@ -48,6 +48,21 @@ def test_an_unchanged_file_is_read_once_by_any_process(runs, tmp_path, monkeypat
         assert file_digest(file) == found
 
 
+def test_json_has_its_lists_of_numbers_on_one_line_and_its_texts_as_they_are(tmp_path):
+    value = {
+        "a": [1, -2.5e-7, None, True],
+        "b": ["[\n 1,\n 2\n]", "[ 1,  2 ]"],
+        "c": [[3, 4], [], {"d": [5]}],
+        "e": [6],
+    }
+    files.write_json(tmp_path / "kept.json", value)
+    assert files.read_json(tmp_path / "kept.json") == value
+    text = (tmp_path / "kept.json").read_text()
+    assert '"a": [1, -2.5e-07, null, true],' in text
+    assert "[3, 4],\n" in text
+    assert '"e": [6]\n}\n' in text
+
+
 def test_json_that_is_torn_or_lacks_a_key_is_named(tmp_path):
     for contents, said in (('{"row": 1', "is not a JSON file"), ('{"rows": 1}', "'row'"), ("[1]", "'row'")):
         (tmp_path / "kept.json").write_text(contents)
