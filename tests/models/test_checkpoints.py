@@ -115,7 +115,7 @@ def test_a_part_that_fits_but_is_not_its_own_is_refused(tokenizer, saved, tmp_pa
     load_tokenizer(tokenizer).save_pretrained(tmp_path / "whole")
     file = tmp_path / "whole" / part
     if part.endswith(".json"):
-        write_json(file, read_json(file) | {"norm_num_groups": 2})
+        write_json(file, read_json(file) | {"sample_size": 7})
     else:
         content = bytearray(file.read_bytes())
         content[-2] ^= 1
