@@ -1,5 +1,6 @@
 """Profiles, notebooks and the order of the runs agree."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -38,6 +39,29 @@ def values(profile, stage):
 def test_every_key_is_a_parameter_or_a_field_of_its_notebook_and_has_its_type(path):
     for stage in STEMS:
         notebook_values(notebook(stage), profile_section(path.stem, stage))
+
+
+def settings_statements(stage):
+    """The imports of a notebook's setup cell, and the lines there that fill dataclasses of settings."""
+    setup = next((cell.source for cell in notebook(stage).cells if "= check_parameters(" in cell.source), "")
+    for node in ast.parse(setup).body:
+        called = getattr(getattr(getattr(node, "value", None), "func", None), "id", "")
+        plain = isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        if isinstance(node, ast.ImportFrom) or plain or called == "settings_from" or called.endswith("Settings"):
+            yield ast.Module([node], [])
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_every_stage_fills_its_settings_from_it(path):
+    """Values that do not go together are seen here, not by the one who waits for the stage."""
+    filled = set()
+    for stage in profile_stages(path.stem, STEMS):
+        space = values(path.stem, stage)
+        space["parameters"] = dict(space)
+        for statement in settings_statements(stage):
+            exec(compile(statement, stage, "exec"), space)
+        filled |= {type(value).__name__ for value in space.values() if dataclasses.is_dataclass(type(value))}
+    assert filled & {"TokenizerSettings", "MaskGITSettings", "QuantizerSettings"}
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
