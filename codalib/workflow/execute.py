@@ -166,6 +166,7 @@ class _Progress:
     def __init__(self, name: str, notebook: nbformat.NotebookNode) -> None:
         self.name, self.where, self._shown, self._bar_shown, self._rest = name, "its first cell", "", 0.0, ""
         self._headings: list[str] = []
+        self._injected = 0  # papermill's cell of parameters, once it was met
         heading = ""
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
@@ -173,8 +174,9 @@ class _Progress:
             self._headings.append(heading)
 
     def cell_start(self, cell: nbformat.NotebookNode, cell_index: int) -> None:
-        index = min(cell_index, len(self._headings) - 1)  # papermill has injected a cell of parameters
-        self.where = f"cell {cell_index + 1} of {len(self._headings)}"
+        self._injected |= "injected-parameters" in cell.metadata.get("tags", [])
+        index = cell_index - self._injected
+        self.where = f"cell {index + 1} of {len(self._headings)}"
         if self._headings[index] != self._shown:
             self._shown = self._headings[index]
             log.info("%s: %s (%s)", self.name, self._shown, self.where)

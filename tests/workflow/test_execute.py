@@ -150,6 +150,22 @@ def test_progress_bars_become_a_line_now_and_then(caplog):
     ]
 
 
+@pytest.mark.parametrize("given", [[], [v4.new_code_cell("", metadata={"tags": ["injected-parameters"]})]])
+def test_progress_names_the_heading_above_the_cell_that_runs(caplog, given):
+    caplog.set_level(logging.INFO)
+    made = [
+        v4.new_code_cell("", metadata={"tags": ["parameters"]}),
+        v4.new_markdown_cell("## Work"),
+        v4.new_code_cell(""),
+        v4.new_markdown_cell("## Result"),
+        v4.new_code_cell(""),
+    ]
+    progress = runner._Progress("stage", v4.new_notebook(cells=made))
+    for index, cell in enumerate([made[0], *given, *made[1:3]]):
+        progress.cell_start(cell, index)
+    assert caplog.records[-1].getMessage() == "stage: Work (cell 2 of 5)"
+
+
 def test_modules_behind_a_notebook_are_followed(tmp_path):
     def needs(name, code):
         path = tmp_path / f"{name}.ipynb"
