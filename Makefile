@@ -1,6 +1,7 @@
 # Everything from a fresh clone, each target with its own set-up:
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
-#   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side, each in one thread
+#   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side (a core each, at most four)
+#   make coverage                    which lines no unit test runs; half as long again as without
 #   make test-gpu                    the tests that need a GPU, on one; `make test` hides all of them
 #   make test-slurm                  a profile on a real Slurm of this machine, where it is installed and nothing is set up
 #   make lab                         JupyterLab on notebooks/start_here.ipynb
@@ -25,13 +26,13 @@ TORCH_INDEX ?=
 LATEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 ONLY ?=
 # One module or notebook stays on one worker. Threads that spin while they wait would slow the other worker down.
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lock reproduce test test-gpu test-slurm mutants lab bench faults fetch rehearse docs readme notebooks clean FORCE
+.PHONY: setup lock reproduce test coverage test-gpu test-slurm mutants lab bench faults fetch rehearse docs readme notebooks clean FORCE
 
 setup: $(STAMP)
 
@@ -62,11 +63,14 @@ test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
-	$(PARALLEL) --cov --cov-fail-under=85 --cov-report=term:skip-covered tests
+	$(PARALLEL) tests
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	    export CODALIB_RUNS="$$runs/runs" CODALIB_REPORTS="$$runs/reports" && \
 	    $(PARALLEL) --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks && \
 	    $(BIN)/python -m pytest tests/pictures_check.py
+
+coverage: $(STAMP)
+	$(PARALLEL) --cov --cov-fail-under=85 --cov-report=term:skip-covered tests
 
 test-gpu: $(STAMP)
 	CODALIB_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests
