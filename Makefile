@@ -1,7 +1,7 @@
 # Everything from a fresh clone, each target with its own set-up:
 #   make reproduce [PROFILE=emoji]   run every notebook that the profile needs; ends with reports/PROFILE/index.html
-#   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side (a core each, at most four)
-#   make coverage                    which lines no unit test runs; half as long again as without
+#   make test [WORKERS=2]            style, unit tests, notebooks: so many side by side, each in one thread
+#   make coverage                    the unit tests, and which lines none of them runs
 #   make test-gpu                    the tests that need a GPU, on one; `make test` hides all of them
 #   make test-slurm                  a profile on a real Slurm of this machine, where it is installed and nothing is set up
 #   make lab                         JupyterLab on notebooks/start_here.ipynb
@@ -26,7 +26,7 @@ TORCH_INDEX ?=
 LATEST ?=
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
+WORKERS ?= 2
 ONLY ?=
 # One module or notebook stays on one worker. Threads that spin while they wait would slow the other worker down.
 PARALLEL = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope

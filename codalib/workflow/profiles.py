@@ -7,6 +7,8 @@ all of a profile's own over those that it extends. A text that begins with PROFI
 profile.
 """
 
+import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -164,10 +166,15 @@ def _notebooks(key: Any, path: Path, *others: str) -> tuple[str, ...]:
     return names
 
 
+@functools.cache  # a profile is read for each of its stages
+def _parsed(text: str) -> Any:
+    return yaml.load(text, PlainLoader)
+
+
 def _read(profile: str) -> dict[str, Any]:
     path = profile_path(profile)
     try:
-        contents = yaml.load(path.read_text(encoding="utf-8"), PlainLoader) or {}
+        contents = copy.deepcopy(_parsed(path.read_text(encoding="utf-8"))) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StageError(f"{path}: expected YAML, got {' '.join(str(error).split())}: put texts in quotes") from error
     if not isinstance(contents, dict):
