@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,12 +25,19 @@ from tqdm.auto import tqdm
 
 from codalib.base.files import atomic_write, file_digest, file_digests
 from codalib.base.paths import fetched, runs_folder
-from codalib.datasets.pictures import DataError, UnreadableImage
+from codalib.datasets.pictures import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    DataError,
+    UnreadableImage,
+    visible,
+    warn_of_unread,
+)
 
 IMAGE, LABEL, CAPTION = ("image", "img"), ("label", "cls"), ("caption", "captions", "text")  # names of columns
-TAR_IMAGES = {"jpg", "jpeg", "png", "webp"}
+TAR_TEXTS = ("json", "txt", "cls")  # the later says the label where several do
 VALIDATION = ("validation", "test")  # names that `datasets` gives to splits, the first that is there is measured on
-SIDE = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|dev|test))(?![a-z])", re.IGNORECASE)
+SIDE = re.compile(r"(?<![a-z])(?:(train|training)|(val|valid|validation|dev)|(test))(?![a-z])", re.IGNORECASE)
 HUB_TIMEOUT = 10  # seconds
 
 log = logging.getLogger(__name__)
@@ -131,23 +139,33 @@ class Tar:
 
     def _samples(self) -> list[dict]:
         samples: dict[str, dict] = {}
+        unread = []
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
-                    folder, name = os.path.split(member.name)
-                    stem, _, ending = name.partition(".")
+                    folder, name = os.path.split(os.path.normpath(f"/{member.name}"))
+                    stem, _, rest = name.partition(".")
+                    ending = rest.lower().rpartition(".")[2]
                     if not member.isfile() or not stem:
                         continue
-                    sample = samples.setdefault(f"{folder}/{stem}", {"label": None, "captions": []})
-                    if ending.lower().rpartition(".")[2] in TAR_IMAGES:
-                        if "key" in sample:
-                            raise DataError(
-                                f"{self.path}: the sample {folder}/{stem} holds several pictures ({member.name} too), "
-                                "expected one for each name up to its first dot: leave the others out, or rename them"
-                            )
-                        sample |= {"key": f"{folder}/{stem}", "offset": member.offset_data, "size": member.size}
-                    elif ending in ("cls", "txt", "json"):
-                        _add(sample, ending, tar.extractfile(member).read())
+                    key = f"{folder.rstrip('/')}/{stem}"
+                    sample = samples.setdefault(key, {})
+                    kind = "picture" if f".{ending}" in IMAGE_SUFFIXES else ending
+                    if kind in sample:
+                        raise DataError(
+                            f"{self.path}: the sample {key} holds several {kind} files ({member.name} too), expected "
+                            "one for each name up to its first dot: leave the others out, or rename them"
+                        )
+                    if kind == "picture":
+                        sample[kind] = {"key": key, "offset": member.offset_data, "size": member.size}
+                    elif kind in TAR_TEXTS:
+                        sample[kind] = _said(kind, tar.extractfile(member).read(), f"{self.path}: {member.name}")
+                    elif f".{kind}" in UNREAD_SUFFIXES:
+                        unread.append(member.name)
+                # `tarfile` takes a file that is cut between two members, or damaged there, for one that ends there.
+                tar.fileobj.seek(tar.offset)
+                if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no mark of its end after {len(samples)} samples")
         except DataError:
             raise
         except (tarfile.TarError, OSError, ValueError) as error:
@@ -155,10 +173,13 @@ class Tar:
             raise DataError(
                 f"{self.path} is no whole, uncompressed tar of WebDataset ({error}): write it anew"
             ) from error
-        return [sample for sample in samples.values() if "key" in sample]
+        warn_of_unread(unread, self.path)
+        return [_indexed(sample) for sample in samples.values() if "picture" in sample]
 
 
-INDEX_FORMAT = 2  # raised where the same tar comes to have other rows; 1 let a sample's last picture stand
+# Raised where the same tar comes to have other rows. 1 let a sample's last picture stand; 2 read four kinds of pictures
+# and the texts whose endings are in small letters alone.
+INDEX_FORMAT = 3
 _INDEX = pa.schema(
     {
         "key": pa.string(),
@@ -193,29 +214,63 @@ def _keep_index(table: pa.Table, kept: Path) -> None:
         log.warning("%s cannot be written (%s): its tar is read again at each opening", kept, error)
 
 
-def _add(sample: dict, ending: str, stored: bytes) -> None:
-    """Put what a tar's text file says of a picture into SAMPLE."""
-    said = (
-        json.loads(stored) if ending == "json" else {"label" if ending == "cls" else "caption": stored.decode().strip()}
-    )
+def _said(kind: str, stored: bytes, place: str) -> dict[str, Any]:
+    """{"label", "captions"} that the text file PLACE of a tar gives to a picture."""
+    try:
+        text = stored.decode()
+        said = json.loads(text) if kind == "json" else {"label" if kind == "cls" else "caption": text.strip()}
+    except ValueError as error:
+        raise DataError(f"{place}: expected {'JSON' if kind == 'json' else 'UTF-8'}, got {error}: mend it") from error
     said = said if isinstance(said, dict) else {}
-    label = next((said[name] for name in LABEL if name in said), None)
-    sample["label"] = sample["label"] if label is None else str(label)
-    sample["captions"] += _captions(next((said[name] for name in CAPTION if name in said), None))
+    named = {known[0]: next((said[name] for name in known if name in said), None) for known in (LABEL, CAPTION)}
+    label = _label(named[LABEL[0]], place)
+    return {"label": None if label is None else str(label), "captions": _captions(named[CAPTION[0]], place)}
 
 
-def _captions(cell: str | list | None) -> list[str]:
-    return [text for text in ([cell] if isinstance(cell, str) else cell or []) if text]
+def _indexed(sample: dict[str, dict]) -> dict[str, Any]:
+    """A sample's row of the index: its picture's, and what its texts say."""
+    texts = [sample[kind] for kind in TAR_TEXTS if kind in sample]
+    labels = [said["label"] for said in texts if said["label"] is not None]
+    captions = [caption for said in texts for caption in said["captions"]]
+    return sample["picture"] | {"label": labels[-1] if labels else None, "captions": captions}
+
+
+def _label(cell: Any, place: str) -> str | int | None:
+    """A label as a source holds it: a name, a whole number (which pandas may have made a float), or none."""
+    if cell is None or cell == "" or cell != cell:  # NaN, as pandas has it for none
+        return None
+    if isinstance(cell, float) and cell.is_integer():
+        return int(cell)
+    if isinstance(cell, str | int):
+        return cell if isinstance(cell, str) else int(cell)
+    raise DataError(f"{place}: expected a name or a whole number as the label of a picture, got {cell!r}: mend it")
+
+
+def _captions(cell: Any, place: str) -> list[str]:
+    texts = [cell] if isinstance(cell, str) else [] if cell is None else cell
+    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{place}: expected a text or a list of texts as caption, got {cell!r}: mend it, or leave it out"
+        )
+    return [text for text in texts if text]
 
 
 def tar_rows(pattern: str) -> dict[str, list[Row]]:
     """Split -> the samples of the tars that PATTERN names: braces {000..127}, {a,b}, or a folder of tars.
 
-    Raises DataError where a tar is missing.
+    The test split stands for a validation split that is not there. Raises DataError where a tar is missing, or there
+    twice.
     """
-    paths = list(braceexpand(pattern, escape=False))
+    try:
+        paths = list(braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise DataError(f"expected braces such as {{000..127}} or {{a,b}}, got {pattern} ({error}): mend it") from error
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        paths = sorted(map(str, Path(paths[0]).rglob("*.tar")))
+        root = Path(paths[0])
+        found = (path for path in root.rglob("*.tar") if all(map(visible, path.relative_to(root).parts)))
+        paths = sorted(map(str, found))
+    if twice := [path for path, count in Counter(map(os.path.realpath, paths)).items() if count > 1]:
+        raise DataError(f"expected each tar once in {pattern}, got {twice[0]} more than once: name it once")
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing or not paths:
         found = f"{len(missing)} of {len(paths)} missing ({missing[0]})" if missing else "none"
@@ -224,9 +279,13 @@ def tar_rows(pattern: str) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
     for path in tqdm(paths, desc="tars", delay=5, leave=False):
         name = os.path.relpath(path, root)
-        sides = SIDE.findall(name)
-        own = rows.setdefault("val" if sides and sides[-1][1] else "train", [])
+        _, validation, test = next(reversed(SIDE.findall(name)), ("", "", ""))
+        own = rows.setdefault("val" if validation else "test" if test else "train", [])
         own += [row._replace(name=f"{name}{row.name}") for row in Tar(path).rows()]
+    if test := rows.pop("test", []):
+        if "val" in rows:
+            log.info("%d test pictures of %s are left out: its validation split is measured on", len(test), pattern)
+        rows.setdefault("val", test)
     return rows
 
 
@@ -313,7 +372,7 @@ def _rows(table: Any, split: str, sources: Iterable[str], place: str) -> tuple[l
         return table.select_columns([name]).with_format("arrow")[:][name].to_pylist() if name and len(table) else none
 
     rows = [
-        Row(f"{split}, row {number}", Stored(archive, number), own, _captions(text))
+        Row(name := f"{split}, row {number}", Stored(archive, number), _label(own, name), _captions(text, name))
         for number, (own, text) in enumerate(zip(column(label), column(caption), strict=True))
     ]
     return rows, getattr(table.features[label], "names", None) if label else None

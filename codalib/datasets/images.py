@@ -25,7 +25,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from codalib.base.files import file_digests, printable
 from codalib.base.paths import DATA, embedded, fetched
 from codalib.datasets.archives import Row, Stored, class_names, table_rows, tar_rows
-from codalib.datasets.pictures import DataError, UnreadableImage, read_rgb, square, to_tensor
+from codalib.datasets.pictures import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    DataError,
+    UnreadableImage,
+    read_rgb,
+    square,
+    to_tensor,
+    visible,
+    warn_of_unread,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,20 +43,6 @@ T = TypeVar("T")
 
 EMOJI_FOLDER = DATA / "emoji"
 SPLITS = ("train", "val")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-UNREAD_SUFFIXES = {
-    ".avif",
-    ".heic",
-    ".heif",
-    ".jp2",
-    ".jxl",
-    ".pbm",
-    ".pgm",
-    ".ppm",
-    ".psd",
-    ".svg",
-    ".tga",
-}  # warned of
 COCO_YEARS = (2014, 2017)  # U-ViT's and the paper's split is 2014's
 TRAIN_ENLARGEMENT = 1.125  # shorter side before the random crop, as a multiple of the resolution (release)
 HELD_OUT = 0.1  # fraction of a plain folder's images that is its validation split
@@ -202,9 +198,10 @@ def load_dataset(
             their names, is the validation split), "parquet:PATH" (a Hub mirror's folder with train and validation in
             the names of its files or folders, or one file; columns image, label, caption), "hf:NAME" (what
             `datasets.load_dataset` takes: a folder or a name on the Hub, NAME:CONFIG for one of its configurations) or
-            "webdataset:PATH/{000..127}.tar" (jpg, png or webp with cls, txt or json; train and val in the names). Of
-            the last three too a tenth is held out where they have no validation split. Both of `datasets` are written
-            to its cache once, so that any row is reached at once: room for a second copy.
+            "webdataset:PATH/{000..127}.tar" (pictures with cls, txt or json; train, val or test in the names). The
+            last three are measured on validation where there is one, else on test, else on a tenth that is held out.
+            Both of `datasets` are written to its cache once, so that any row is reached at once: room for a second
+            copy.
             Hidden files and folders are left out, and an environment variable in PATH is filled in:
             "imagefolder:$IMAGENET".
         split: "train" or "val".
@@ -271,7 +268,7 @@ def _archive(kind: str, place: Path, split: str) -> tuple[list[Item], list[str]]
 
 def _spelt(label: str | None, numbers: Mapping[str, int]) -> str:
     """A label as its class is named: 07 is 7 where classes are numbers."""
-    label = label or "image"
+    label = "image" if label is None else label
     return str(int(label)) if label not in numbers and label.isdecimal() else label
 
 
@@ -386,13 +383,8 @@ KINDS = {
 }
 
 
-def _visible(name: str) -> bool:
-    """Whether a file or folder is the user's: not of an editor, a notebook server or an archive (`._name`)."""
-    return not name.startswith((".", "__MACOSX"))
-
-
 def _visible_folders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _visible(path.name))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and visible(path.name))
 
 
 def _image_files(root: Path) -> list[str]:
@@ -404,7 +396,7 @@ def _image_files(root: Path) -> list[str]:
             continue
         seen.add(os.path.realpath(folder))
         try:
-            entries = [entry for entry in os.scandir(folder) if _visible(entry.name)]
+            entries = [entry for entry in os.scandir(folder) if visible(entry.name)]
         except OSError as error:
             raise DataError(
                 f"{folder} cannot be read ({error}): let this user read it, or move it elsewhere"
@@ -414,9 +406,7 @@ def _image_files(root: Path) -> list[str]:
         others += [entry.path for entry in files if Path(entry.name).suffix.lower() in UNREAD_SUFFIXES]
         folders[:0] = [entry.path for entry in inner if entry.is_symlink()]  # after the others
         folders += [entry.path for entry in inner if not entry.is_symlink()]
-    if others:
-        words = "%d pictures of %s are of kinds that are not read and are left out (%s, ...): save them as PNG"
-        log.warning(words, len(others), printable(str(root)), printable(others[0]))
+    warn_of_unread(others, str(root))
     found.sort()
     if found:
         fetched(found[0])

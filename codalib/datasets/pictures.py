@@ -5,7 +5,7 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from codalib.base.paths import fetched
 log = logging.getLogger(__name__)
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half as many pixels as are read at most: no fault
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+# Warned of:
+UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".jxl", ".pbm", ".pgm", ".ppm", ".psd", ".svg", ".tga"}
 # What Pillow raises where a file is broken.
 BROKEN = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error, zlib.error)
 WHITES = (1, 255, 4095, 65535)  # the value of white: of floats, of 8, 12 and 16 bits
@@ -34,6 +37,18 @@ class DataError(ValueError):
 
 class UnreadableImage(ValueError):
     """A file that cannot be shown; the message says why, without the file's name."""
+
+
+def visible(name: str) -> bool:
+    """Whether a file or folder is the user's: not of an editor, a notebook server or an archive (`._name`)."""
+    return not name.startswith((".", "__MACOSX"))
+
+
+def warn_of_unread(names: Sequence[str], place: str) -> None:
+    """Say that the pictures NAMES of PLACE, of kinds that are not read, are left out; nothing for none."""
+    if names:
+        words = "%d pictures of %s are of kinds that are not read and are left out (%s, ...): save them as PNG"
+        log.warning(words, len(names), printable(place), printable(names[0]))
 
 
 def read_rgb(source: str | bytes, guessed: Callable[[str], None] = log.warning) -> Image.Image:

@@ -1,11 +1,11 @@
 """Token cache: a data set's images as a tokenizer's indices, encoded once, in shards, for the generator's training.
 
-A cache is a folder: `manifest.json` (which tokenizer, which data), `captions.json` (each image's), `codes.safetensors`
-(the codes' values) and, while it is made, `shards/NNNNN.safetensors`. A shard appears whole or not at all, and what is
-there is not encoded again: an interrupted stage goes on with the next shard, and processes share a data set by sharing
-its shards. Once all are there they become `columns/NAME.npy`, which every process maps into its memory instead of
-reading it: the system holds one copy for all. A cache of an earlier version, shards alone, is assembled when it is
-first opened.
+A cache is a folder: `manifest.json` (which tokenizer, which data), `captions.json` and `names.json` (each image's),
+`codes.safetensors` (the codes' values) and, while it is made, `shards/NNNNN.safetensors`. A shard appears whole or not
+at all, and what is there is not encoded again: an interrupted stage goes on with the next shard, and processes share a
+data set by sharing its shards. Once all are there they become `columns/NAME.npy`, which every process maps into its
+memory instead of reading it: the system holds one copy for all. A cache of an earlier version, shards alone, is
+assembled when it is first opened.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ from codalib.models.maskgit import MaskGIT
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.pretrained.registry import read_weights
 
-MANIFEST, CAPTIONS, CODES = "manifest.json", "captions.json", "codes.safetensors"
+MANIFEST, CAPTIONS, IMAGE_NAMES, CODES = "manifest.json", "captions.json", "names.json", "codes.safetensors"
 SHARDS, COLUMNS = "shards", "columns"
 NAMES = ("indices", "label", "image", "view")  # of the columns, in a shard and as files
 
@@ -189,19 +189,25 @@ def _manifest_digest(manifest: dict[str, Any]) -> str:
 def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dataset: ImageDataset) -> None:
     """Write what describes the cache, the same from every process, or make sure that what is there says the same."""
     tokens = [name for name in (SHARDS, COLUMNS) if (folder / name).exists()]  # before the manifest: they come after it
-    if (folder / MANIFEST).exists():
-        found = read_json(folder / MANIFEST, "tokenizer")
+    there = (folder / MANIFEST).exists()
+    if there:
+        found = read_json(folder / MANIFEST)
+        if not isinstance(found, dict) or "tokenizer" not in found:
+            raise CacheMismatch(f"{folder / MANIFEST} is of no token cache: choose another folder")
         if odd := [key for key in manifest if found.get(key) != manifest[key] and key != "dataset"]:
             differences = ", ".join(f"{key} {found.get(key)} there and {manifest[key]} here" for key in odd)
             raise CacheMismatch(f"{folder} holds other tokens: {differences}; remove it or choose another folder")
-        return
-    if tokens:
+    elif tokens:
         raise CacheMismatch(f"{folder / tokens[0]} has no {MANIFEST} to say what it holds: remove {folder}, run again")
     with writing(folder):
-        write_json(folder / CAPTIONS, [item.captions for item in dataset.items])
-        with atomic_write(folder / CODES, "wb") as file:
-            file.write(save({"values": tokenizer.quantizer.code_values.cpu().numpy()}))
-        write_json(folder / MANIFEST, manifest)  # last: where it is, the others are
+        for name, own in ((CAPTIONS, "captions"), (IMAGE_NAMES, "name")):
+            if not there or not (folder / name).exists():
+                write_json(folder / name, [getattr(item, own) for item in dataset.items])
+        if not there or not (folder / CODES).exists():
+            with atomic_write(folder / CODES, "wb") as file:
+                file.write(save({"values": tokenizer.quantizer.code_values.cpu().numpy()}))
+        if not there:
+            write_json(folder / MANIFEST, manifest)  # last: where it is, the others were
 
 
 @torch.no_grad()
@@ -294,10 +300,17 @@ def _mapped(column: Path) -> np.ndarray:
     return np.asarray(found)
 
 
-def _rows(shard: Path, manifest: str) -> int:
+def encoded_rows(folder: Path) -> int:
+    """How many images and views the cache of FOLDER holds by now; ValueError for a file that cannot be read."""
+    if (folder / COLUMNS).exists():
+        return len(_mapped(folder / COLUMNS / "label.npy"))
+    return sum(_rows(shard) for shard in (folder / SHARDS).glob("*.safetensors"))
+
+
+def _rows(shard: Path, manifest: str | None = None) -> int:
     try:
         with safe_open(shard, "np") as file:
-            if (file.metadata() or {}).get("manifest", manifest) != manifest:  # of two runs in one folder
+            if manifest and (file.metadata() or {}).get("manifest", manifest) != manifest:  # of two runs in one folder
                 raise CacheMismatch(
                     f"{shard} holds other tokens than {MANIFEST} says: remove {shard.parent.parent}, run again"
                 )
@@ -319,6 +332,12 @@ class TokenCache:
         self.captions: list[list[str]] = read_json(folder / CAPTIONS)  # an image's, one at least
         if len({len(own) for own in columns.values()}) > 1:
             raise ValueError(f"{folder / COLUMNS} holds columns of different lengths: remove {folder}, run again")
+        shape = self.indices.shape
+        if shape != (len(self.image), width := sum(side * side for side in self.scales)):
+            raise ValueError(
+                f"expected {width} tokens a row in {folder / COLUMNS}, as its scales say, got {shape}: "
+                f"remove {folder}, run again"
+            )
 
     @classmethod
     def open(cls, folder: str | Path, tokenizer_hash: str | None = None) -> "TokenCache":
@@ -331,7 +350,8 @@ class TokenCache:
         folder = Path(folder)
         if missing := [name for name in (MANIFEST, CAPTIONS) if not (folder / name).exists()]:
             raise ValueError(
-                f"{folder} holds no token cache ({missing[0]}): make one with codalib.datasets.token_cache.cache_tokens"
+                f"{folder} holds no whole token cache, {missing[0]} is missing: make it with `codalib encode` or the "
+                "stage that did; both leave what is there"
             )
         manifest = read_json(folder / MANIFEST, "tokenizer", "scales", "codebook_size", "classes", "shards")
         if tokenizer_hash is not None and manifest["tokenizer"] != tokenizer_hash:
@@ -366,6 +386,12 @@ class TokenCache:
     def labels(self) -> Tensor:
         """(N,) int64."""
         return torch.from_numpy(self._label.astype(np.int64))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Each image's, as its data set has it: a path, a tar's member, a row; its number in a cache of before."""
+        path = self.folder / IMAGE_NAMES
+        return read_json(path) if path.exists() else [str(number) for number in range(len(self.captions))]
 
     @cached_property
     def code_values(self) -> Tensor:

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 
-from codalib.base.files import atomic_write
+from codalib.base.files import atomic_write, writing
 from codalib.base.hardware import compute_device
 from codalib.base.processes import launch
 from codalib.base.team import TeamError, launched_processes
 from codalib.datasets.images import SPLITS, DataError
-from codalib.datasets.token_cache import COLUMNS, SHARDS, CacheSettings, TokenCache, cache_dataset, tokenizer_hash
+from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_dataset, encoded_rows, tokenizer_hash
 from codalib.models.checkpoints import find_model, load_tokenizer
 from codalib.models.tokens import split_levels
 from codalib.reporting.display import png, to_bytes
@@ -46,7 +46,7 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = CacheSettings(views=given.views, seed=given.seed, batch_size=given.batch_size, workers=given.workers)
         work = partial(cache_dataset, limit=given.limit, settings=settings)
-        kept = _images_kept(given.out, settings)
+        kept = encoded_rows(given.out)
         started = time.monotonic()
         launch(work, given.processes, find_model(given.tokenizer), given.dataset, given.split, given.out)
         cache, seconds = TokenCache.open(given.out), time.monotonic() - started
@@ -55,40 +55,41 @@ def encode(arguments: Sequence[str] | None = None) -> int:
     except (DataError, ValueError, OSError, TeamError) as error:
         return _failed(error)
     rate = f"{(len(cache) - kept) / seconds:.1f} images a second, with loading the model" if kept < len(cache) else ""
-    words = "%s: %d images of %d tokens, %d codes; %s"
-    log.info(words, given.out, len(cache), cache.indices.shape[1], cache.codebook_size, rate or "all were there")
+    words = "%s: %d images%s of %d tokens, %d codes; %s"
+    views = f" ({given.views} views of each counted)" if given.views > 1 else ""
+    log.info(words, given.out, len(cache), views, cache.indices.shape[1], cache.codebook_size, rate or "all were there")
     return 0
 
 
-def _images_kept(folder: Path, settings: CacheSettings) -> int:
-    """How many images, as many times as views, an earlier call has encoded."""
-    if (folder / COLUMNS).exists():
-        return len(TokenCache.open(folder))
-    return settings.shard_images * len(list((folder / SHARDS).glob("*.safetensors")))
-
-
 def _write_parquet(cache: TokenCache, path: Path) -> None:
-    """One row an image and view: its number, label, first caption and tokens (L,), coarse to fine.
+    """One row an image and view: its number and name, label, first caption and tokens (L,), coarse to fine.
 
     The file's metadata hold what the columns mean: {"codebook_size", "scales", "classes", "tokenizer"} as JSON.
     """
     about = {"codebook_size": cache.codebook_size, "scales": cache.scales, "classes": cache.classes}
     about["tokenizer"] = cache.tokenizer
     number = pa.from_numpy_dtype(cache.indices.dtype)
-    columns = {"image": pa.int64(), "view": pa.int64(), "label": pa.int64(), "caption": pa.string()}
+    columns = {
+        "image": pa.int64(),
+        "name": pa.string(),
+        "view": pa.int64(),
+        "label": pa.int64(),
+        "caption": pa.string(),
+    }
     schema = pa.schema(columns | {"tokens": pa.list_(number)}, {"codalib": json.dumps(about)})
     with atomic_write(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for start in range(0, len(cache), ROWS):
             rows = range(len(cache))[start : start + ROWS]
             batch = cache.batch(rows)
             own = {"image": batch["index"].tolist(), "view": cache.view[rows].tolist()}
+            own["name"] = [cache.names[image] for image in own["image"]]
             own |= {"label": batch["label"].tolist(), "caption": batch["caption"]}
             own["tokens"] = list(cache.indices[rows])
             writer.write_table(pa.table(own, schema))
 
 
 def decode(arguments: Sequence[str] | None = None) -> int:
-    """Decode a folder of `codalib encode` into PNG files, IMAGE-VIEW.png."""
+    """Decode a folder of `codalib encode` into PNG files, IMAGE-VIEW.png, of N levels IMAGE-VIEW-levels-N.png."""
     parser = _parser("decode", decode.__doc__)
     parser.add_argument("tokens", type=Path, help="folder of `codalib encode`")
     parser.add_argument("--levels", type=positive, help="decode the first levels alone (all)")
@@ -99,8 +100,11 @@ def decode(arguments: Sequence[str] | None = None) -> int:
         cache = TokenCache.open(given.tokens, tokenizer_hash(tokenizer))
         tokenizer.to(compute_device())
         rows, began = range(len(cache))[: given.limit], time.monotonic()
-        names = {f"{cache.image[row]:08d}-{cache.view[row]}.png" for row in rows}
-        if odd := sorted({file.name for file in given.out.glob("*.png")} - names):
+        end = f"-levels-{given.levels}.png" if given.levels else ".png"
+        names = [f"{cache.image[row]:08d}-{cache.view[row]}{end}" for row in rows]
+        with writing(given.out):
+            there = {file.name for file in given.out.glob("*.png")}
+        if odd := sorted(there - set(names)):
             raise ValueError(f"expected no pictures but these {len(rows)} in {given.out}, got {odd[0]}: another folder")
         for start in tqdm(range(0, len(rows), given.batch_size), desc="decoding", mininterval=2.0):
             own = rows[start : start + given.batch_size]
@@ -108,7 +112,7 @@ def decode(arguments: Sequence[str] | None = None) -> int:
             with torch.inference_mode():
                 images = tokenizer.decode(levels, given.levels)
             for row, image in zip(own, images, strict=True):
-                with atomic_write(given.out / f"{cache.image[row]:08d}-{cache.view[row]}.png", "wb") as file:
+                with atomic_write(given.out / names[row], "wb") as file:
                     file.write(png(to_bytes(image)))
     except (ValueError, OSError) as error:
         return _failed(error)

@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import tarfile
@@ -21,6 +22,7 @@ from torchvision.datasets import ImageFolder
 
 from codalib.datasets import archives
 from codalib.datasets.images import load_dataset, training_batches
+from codalib.datasets.pictures import DataError
 
 SPLITS = {"train": 8, "validation": 4}
 CLASSES = ["cat", "dog"]
@@ -285,7 +287,7 @@ def test_bad_archives_are_one_sentence(tmp_path, monkeypatch):
         for name in ("0.jpg", "0.seg.png", "1.jpg"):  # a mask, which would stand for the picture
             add(tar, name, jpeg(0))
     said = message(f"webdataset:{tmp_path}/pairs.tar")
-    assert "sample /0 holds several pictures (0.seg.png too)" in said
+    assert "sample /0 holds several picture files (0.seg.png too)" in said
     assert "no whole, uncompressed tar" not in said
     (tmp_path / "odd.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "Git LFS pointer" in message(f"parquet:{tmp_path}/odd.parquet")
@@ -295,6 +297,120 @@ def test_bad_archives_are_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(archives.huggingface_hub.HfApi, "dataset_info", unreachable)
     assert "cannot be fetched from the Hub (Name or service not known)" in message("hf:someone/pictures")
+
+
+def write_tar(path, **members):
+    """A tar of members: endings with two underscores for a dot; a number stands for its picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, stored in members.items():
+            add(tar, name.replace("__", "."), jpeg(stored) if isinstance(stored, int) else stored)
+    return f"webdataset:{path}"
+
+
+def test_a_tars_endings_may_be_written_in_any_letters(tmp_path):
+    own = {"a__PNG": 0, "a__CLS": b"dog", "b__v1__jpg": 1, "b__v1__cls": b"cat", "b__Txt": b"a cat"}
+    both = [load_dataset(write_tar(tmp_path / "0.tar", **own), split, 16) for split in ("train", "val")]
+    found = {item.name[-1]: (one.classes[item.label], item.captions) for one in both for item in one.items}
+    assert found == {"a": ("dog", ("dog",)), "b": ("cat", ("a cat",))}
+
+
+def test_a_tar_holds_the_kinds_of_pictures_that_a_folder_does(tmp_path, caplog):
+    (tmp_path / "pictures").mkdir()
+    endings = ["gif", "bmp", "tif", "jpe", "jfif", "webp", "avif", "svg"]
+    for number, ending in enumerate(endings):
+        (tmp_path / "pictures" / f"{number}.{ending}").write_bytes(jpeg(number))
+    name = write_tar(tmp_path / "0.tar", **{f"{i}__{ending}": i for i, ending in enumerate(endings)})
+    for source in (name, f"folder:{tmp_path}/pictures"):
+        caplog.clear()
+        assert sum(len(load_dataset(source, split, 16)) for split in ("train", "val")) == 6, source
+        assert "2 pictures of " in caplog.text
+
+
+def test_hidden_tars_are_left_out(tmp_path):
+    for number, place in enumerate(("train-0.tar", "._train-0.tar", ".trash/train-1.tar", "__MACOSX/train-2.tar")):
+        write_tar(tmp_path / "tars" / place, a__jpg=number, b__jpg=9)
+    assert sum(len(load_dataset(f"webdataset:{tmp_path}/tars", split, 16)) for split in ("train", "val")) == 2
+
+
+def test_validation_is_measured_on_before_test(tmp_path):
+    for number, name in enumerate(("train-0", "val-0", "test-0", "test-1")):
+        write_tar(tmp_path / "tars" / f"{name}.tar", a__jpg=number)
+    (one,) = load_dataset(f"webdataset:{tmp_path}/tars", "val", 16).items
+    assert one.name.startswith("val-0.tar")
+    (tmp_path / "tars" / "val-0.tar").unlink()
+    assert [item.name for item in load_dataset(f"webdataset:{tmp_path}/tars", "val", 16).items] == [
+        "test-0.tar/a",
+        "test-1.tar/a",
+    ]
+
+
+def test_a_tar_that_is_cut_or_damaged_between_two_members_is_not_whole(tmp_path):
+    path = tmp_path / "0.tar"
+    name = write_tar(path, **{f"{i}__jpg": i for i in range(5)})
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[3].offset
+    for damaged in (whole[:third], whole[: third + 100], whole[:third] + b"x" * 512 + whole[third + 512 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"0.tar is no whole, uncompressed tar of WebDataset \(.*\): write it anew"):
+            load_dataset(name, "train", 16)
+
+
+@pytest.mark.parametrize(
+    ("label", "caption", "words"),
+    [
+        ([1], "x", "expected a name or a whole number as the label of a picture, got [1]"),
+        ({"x": 1}, "x", "expected a name or a whole number as the label of a picture"),
+        (1.5, "x", "expected a name or a whole number as the label of a picture, got 1.5"),
+        (0, 5, "expected a text or a list of texts as caption, got 5"),
+        (0, {"en": "x"}, "expected a text or a list of texts as caption"),
+        (0, [1, 2], "expected a text or a list of texts as caption, got [1, 2]"),
+    ],
+)
+def test_labels_and_captions_of_other_types_are_one_sentence(tmp_path, label, caption, words):
+    said = {f"{i}__json": json.dumps({"label": label, "caption": caption}).encode() for i in range(3)}
+    tar = write_tar(tmp_path / "0.tar", **{f"{i}__jpg": i for i in range(3)}, **said)
+    images = [{"bytes": jpeg(i), "path": None} for i in range(3)]
+    pq.write_table(pa.table({"image": images, "label": [label] * 3, "caption": [caption] * 3}), tmp_path / "0.parquet")
+    for name in (tar, f"parquet:{tmp_path}/0.parquet"):
+        with pytest.raises(DataError) as error:
+            load_dataset(name, "train", 16)
+        assert words in str(error.value)
+
+
+def test_whole_floats_are_labels_and_what_is_blank_is_none(tmp_path):
+    images = [{"bytes": jpeg(i), "path": None} for i in range(4)]
+
+    def classes(labels):
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "0.parquet")
+        both = [load_dataset(f"parquet:{tmp_path}/0.parquet", split, 16) for split in ("train", "val")]
+        return {int(item.name.split()[-1]): one.classes[item.label] for one in both for item in one.items}
+
+    assert classes([0.0, 1.0, 2.0, 0.0]) == {0: "0", 1: "1", 2: "2", 3: "0"}  # as pandas writes whole numbers
+    assert set(classes([math.nan] * 4).values()) == {"image"}
+    for some in ([0.0, 1.0, math.nan, 0.0], ["a", "b", "", "a"]):
+        with pytest.raises(DataError, match="expected a label of each picture or of none"):
+            classes(some)
+
+
+def test_odd_members_and_patterns_are_one_sentence(tmp_path):
+    def message(name):
+        with pytest.raises(DataError) as error:
+            load_dataset(name, "train", 16)
+        return str(error.value)
+
+    assert "0.tar: a.json: expected JSON, got" in message(write_tar(tmp_path / "0.tar", a__jpg=0, a__json=b"{"))
+    assert "0.tar: a.txt: expected UTF-8, got" in message(write_tar(tmp_path / "0.tar", a__jpg=0, a__txt=b"\xe4"))
+    assert "expected braces such as {000..127}" in message(f"webdataset:{tmp_path}/{{0.tar")
+    assert "expected each tar once" in message(f"webdataset:{tmp_path}/{{0,0}}.tar")
+    os.symlink(tmp_path / "0.tar", tmp_path / "1.tar")
+    assert "expected each tar once" in message(f"webdataset:{tmp_path}/{{0,1}}.tar")
+
+
+def test_a_members_folder_is_the_same_however_it_is_written(tmp_path):
+    name = write_tar(tmp_path / "0.tar", **{"./a__jpg": 0, "a__cls": b"cat", "/b__jpg": 1, "./x/../b__cls": b"dog"})
+    assert {item.name for item in load_dataset(name, "train", 16).items} <= {"0.tar/a", "0.tar/b"}
 
 
 def test_a_picture_that_is_gone_is_skipped(tmp_path):

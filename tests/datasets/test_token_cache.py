@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import shutil
 import tempfile
 import threading
 import tracemalloc
@@ -198,7 +199,7 @@ def test_indices_take_the_smallest_type(codes, kind):
 
 
 def test_broken_or_absent_caches_say_so(cached, tokenizer, images, tmp_path):
-    with pytest.raises(ValueError, match="holds no token cache"):
+    with pytest.raises(ValueError, match="holds no whole token cache"):
         TokenCache.open(tmp_path)
     cache_tokens(tokenizer, images, tmp_path, CacheSettings(shard_images=4))
     shard = tmp_path / "shards" / "00001.safetensors"
@@ -236,7 +237,7 @@ def test_shards_where_nothing_can_be_written_say_so(tmp_path, monkeypatch):
 def write_shards(folder, shards, rows, length):
     """A cache as earlier versions left it: random tokens in shards alone."""
     rng, parts = np.random.default_rng(0), []
-    manifest = {"tokenizer": "t", "codebook_size": 2**16, "scales": [1], "classes": ["x"], "shards": shards}
+    manifest = {"tokenizer": "t", "codebook_size": 2**16, "scales": [1] * length, "classes": ["x"], "shards": shards}
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "captions.json", [["x"]] * (shards * rows))
     (folder / "shards").mkdir()
@@ -340,11 +341,30 @@ def test_data_that_was_moved_goes_on_and_tokens_without_their_manifest_do_not(to
     with pytest.raises(ValueError, match="columns of different lengths: remove"):
         TokenCache.open(tmp_path / "t")
     (tmp_path / "t" / "captions.json").unlink()
-    with pytest.raises(ValueError, match=r"holds no token cache \(captions.json\)"):
+    with pytest.raises(ValueError, match=r"holds no whole token cache, captions\.json is missing"):
         TokenCache.open(tmp_path / "t")
+    (tmp_path / "t" / "names.json").unlink()
+    cache_tokens(tokenizer, moved, tmp_path / "t", CacheSettings(shard_images=4))  # what belongs to it is written again
+    assert json.loads((tmp_path / "t" / "captions.json").read_text()) == [list(item.captions) for item in moved.items]
+    assert json.loads((tmp_path / "t" / "names.json").read_text()) == [item.name for item in moved.items]
     (tmp_path / "t" / "manifest.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+    with pytest.raises(ValueError, match=r"manifest.json is of no token cache: choose another folder"):
         cache_tokens(tokenizer, images, tmp_path / "t")
+
+
+def test_a_row_of_other_than_its_scales_tokens_is_refused(cached, tmp_path):
+    shutil.copytree(cached, tmp_path / "t")
+    column = tmp_path / "t" / "columns" / "indices.npy"
+    np.save(column, np.load(column)[:, :-1])
+    with pytest.raises(ValueError, match=r"expected \d+ tokens a row in .*, as its scales say, got .*: remove"):
+        TokenCache.open(tmp_path / "t")
+
+
+def test_a_cache_without_names_numbers_its_images(cached, tmp_path, images):
+    assert TokenCache.open(cached).names == [item.name for item in images.items]
+    shutil.copytree(cached, tmp_path / "t")
+    (tmp_path / "t" / "names.json").unlink()
+    assert TokenCache.open(tmp_path / "t").names == [str(number) for number in range(len(images))]
 
 
 def test_two_runs_that_share_a_folder_by_mistake_are_seen(tokenizer, images, tmp_path):

@@ -427,7 +427,7 @@ def test_without_a_home_nothing_raises(monkeypatch, tmp_path):
     assert find_model("mine") == "mine"
     with pytest.raises(ValueError, match="is not here"):
         load_vae("~/mine")
-    with pytest.raises(ValueError, match="expected a folder of the release"):
+    with pytest.raises(ValueError, match=r"expected emoji, emoji-small, a folder with our .*, or one of the release"):
         load_tokenizer("~/mine")
 
 

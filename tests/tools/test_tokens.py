@@ -56,6 +56,11 @@ def test_encode_writes_every_image_and_goes_on_where_it_stopped(encoded, caplog)
     assert encode(encoded) == 0
     assert column.read_bytes() == written
     assert re.search(rf"{LIMIT} images of .* codes; \d+\.\d images a second", caplog.text)
+    (encoded / "captions.json").unlink()
+    caplog.clear()
+    assert encode(encoded) == 0
+    assert f"{LIMIT} images of" in caplog.text
+    assert "all were there" in caplog.text
     assert encode(encoded, "--seed", "1") == 1  # other settings, another folder
 
 
@@ -64,15 +69,17 @@ def test_decode_writes_what_the_tokenizer_decodes(encoded, tmp_path, caplog):
     assert decode(encoded, tmp_path / "all") == 0
     assert re.search(rf"all: {LIMIT} images, \d+\.\d a second", caplog.text)
     assert decode(encoded, tmp_path / "some", "--limit", "2", "--levels", "3") == 0
+    assert decode(encoded, tmp_path / "all", "--levels", "3") == 1
     assert decode(encoded, tmp_path / "all", "--limit", "2") == 1  # the others would stay, and be counted with these
     assert "expected no pictures but these 2" in caplog.text
     cache, tokenizer = TokenCache.open(encoded), load_tokenizer("emoji-small")
     with torch.inference_mode():
         levels = split_levels(cache.batch(range(LIMIT))["tokens"], cache.scales)
         expected = {"all": tokenizer.decode(levels), "some": tokenizer.decode(levels, 3)[:2]}
+    ends = {"all": "", "some": "-levels-3"}  # never taken for those of all levels
     for name, images in expected.items():
         files = sorted((tmp_path / name).iterdir())
-        assert [file.name for file in files] == [f"{number:08d}-0.png" for number in range(len(images))]
+        assert [file.name for file in files] == [f"{number:08d}-0{ends[name]}.png" for number in range(len(images))]
         for file, image in zip(files, images, strict=True):
             difference = np.asarray(Image.open(file)).astype(int) - to_bytes(image)
             assert np.abs(difference).max() <= 1  # a batch of another size may round otherwise
@@ -83,7 +90,10 @@ def test_what_does_not_fit_is_one_sentence(encoded, tmp_path, caplog):
     assert "were made by the tokenizer" in caplog.text
     assert not (tmp_path / "out").exists()
     assert decode(tmp_path, tmp_path / "out") == 1
-    assert "holds no token cache" in caplog.text
+    assert "holds no whole token cache" in caplog.text
+    (tmp_path / "file").touch()
+    assert decode(encoded, tmp_path / "file") == 1
+    assert "expected a folder that can be written" in caplog.text
     assert decode(encoded, tmp_path / "out", "--levels", "99") == 1
     assert encode(tmp_path / "other", "--tokenizer", "no such tokenizer") == 1
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from codalib.base.files import atomic_write
 from codalib.models.adapters import ADAPTED_LAYERS, adapted_convolutions, add_adapters
+from codalib.models.checkpoints.names import EMBEDDED_TOKENIZERS
 from codalib.models.checkpoints.ours import load_vae, naming, plain_copy
 from codalib.models.quantizer import FLUX_SCALES, MAR_SCALES, ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
@@ -212,7 +213,10 @@ def load_released_tokenizer(
     if None in files:
         here = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         lost = " and ".join(f"{name}.pth" for name, path in zip(names, files, strict=True) if path is None)
-        raise ValueError(f"{folder} holds no {lost} (found: {here or 'nothing'}): expected a folder of the release")
+        raise ValueError(
+            f"{folder} holds no {lost} (found: {here or 'nothing'}): expected {', '.join(EMBEDDED_TOKENIZERS)}, a "
+            "folder with our config.json, or one of the release"
+        )
     log.info("%s: the %s weights", folder, weights)
     vae_state, quantizer_state = map(read_weights, files)
     trained = _file(folder, "vae")
