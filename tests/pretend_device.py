@@ -70,6 +70,9 @@ class OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
 
+    def untyped_storage(self) -> torch.UntypedStorage:  # by which safetensors tells what shares memory
+        return self.host.untyped_storage()
+
     def __repr__(self) -> str:
         return f"OnDevice({self.host})"
 
