@@ -131,7 +131,9 @@ class Started:
 
     def kill(self, rng=random):
         """All its processes as a power failure does, or one of those that it launched as the kernel does for memory."""
-        ranks = [p for p in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        ranks = []
+        with suppress(psutil.NoSuchProcess):  # one that is at its end has no command line
+            ranks = [p for p in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
         if ranks and rng.random() < 0.5:
             with suppress(psutil.NoSuchProcess):
                 rng.choice(ranks).kill()
