@@ -102,7 +102,8 @@ def test_no_profile_restates_a_default_or_what_it_extends(profile):
         values = {field.name: field.default for settings in settings_classes(own) for field in fields(settings)}
         values |= resolved_values(own)
         for writer, names, section in profile_parts(profile, path.stem):
-            now = {name: resolved_values(own, section)[name] for name in section}
+            resolved = resolved_values(own, section)
+            now = {name: resolved[name] for name in section}
             for name in section if writer == profile else ():
                 changed.setdefault((names, name), set()).add(now[name] != values[name])
             values |= now

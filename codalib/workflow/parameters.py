@@ -8,6 +8,7 @@ field, over the small values that the notebook's own `settings` holds.
 
 import ast
 import difflib
+import functools
 import importlib.util
 import inspect
 import sys
@@ -130,6 +131,7 @@ def _parse(cell: str) -> ast.Module:
     return ast.parse("\n".join("" if line.lstrip()[:1] in ("%", "!") else line for line in cell.splitlines()))
 
 
+@functools.cache  # a profile asks for the same ones with each of its stages
 def _source_fields(module: str, name: str) -> dict[str, str]:
     """{field: type as written} of a dataclass, its bases' in the same module first."""
     source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
