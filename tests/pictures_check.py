@@ -23,7 +23,9 @@ BLANK = 2.0  # standard deviation of a picture's 8-bit values, below which nobod
 
 
 def committed():
-    return sorted(path for path in REPORTS.glob("*/figures/*.png") if (path.parents[1] / MANIFEST).exists())
+    """Those of finished reports; one's own report of the profile smoke is the twin itself."""
+    pictures = (path for path in REPORTS.glob("*/figures/*.png") if path.parents[1].name != "smoke")
+    return sorted(path for path in pictures if (path.parents[1] / MANIFEST).exists())
 
 
 def pixels(path):
