@@ -10,6 +10,7 @@ assembled when it is first opened.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -199,11 +200,15 @@ def _begin(folder: Path, manifest: dict[str, Any], tokenizer: CodaTokenizer, dat
             raise CacheMismatch(f"{folder} holds other tokens: {differences}; remove it or choose another folder")
     elif tokens:
         raise CacheMismatch(f"{folder / tokens[0]} has no {MANIFEST} to say what it holds: remove {folder}, run again")
+    beside = [name for name in (CAPTIONS, IMAGE_NAMES, CODES) if not (there and (folder / name).exists())]
+    # The folder may be one that is only read, of before there were names too.
+    if not beside or (beside == [IMAGE_NAMES] and not os.access(folder, os.W_OK)):
+        return
     with writing(folder):
         for name, own in ((CAPTIONS, "captions"), (IMAGE_NAMES, "name")):
-            if not there or not (folder / name).exists():
+            if name in beside:
                 write_json(folder / name, [getattr(item, own) for item in dataset.items])
-        if not there or not (folder / CODES).exists():
+        if CODES in beside:
             with atomic_write(folder / CODES, "wb") as file:
                 file.write(save({"values": tokenizer.quantizer.code_values.cpu().numpy()}))
         if not there:

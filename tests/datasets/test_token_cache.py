@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -358,6 +359,16 @@ def test_a_row_of_other_than_its_scales_tokens_is_refused(cached, tmp_path):
     np.save(column, np.load(column)[:, :-1])
     with pytest.raises(ValueError, match=r"expected \d+ tokens a row in .*, as its scales say, got .*: remove"):
         TokenCache.open(tmp_path / "t")
+
+
+def test_a_whole_cache_is_taken_where_nothing_can_be_written(cached, tokenizer, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+    TokenCache.open(cached)
+    assert cache_tokens(tokenizer, images, cached, CacheSettings(shard_images=4)) == cached
+    shutil.copytree(cached, tmp_path / "of before")
+    (tmp_path / "of before" / "names.json").unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert cache_tokens(tokenizer, images, tmp_path / "of before", CacheSettings(shard_images=4))
 
 
 def test_a_cache_without_names_numbers_its_images(cached, tmp_path, images):
