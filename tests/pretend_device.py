@@ -98,6 +98,24 @@ class _Generator(torch.Generator):
 _generators: WeakValueDictionary = WeakValueDictionary()
 
 
+class OneProcess:
+    """What the library asks of an accelerator."""
+
+    device, num_processes, process_index, is_main_process = DEVICE, 1, 0, True
+
+    def prepare(self, module):
+        return module
+
+    def backward(self, loss):
+        loss.backward()
+
+    def reduce(self, tensor, how):
+        return tensor
+
+    def wait_for_everyone(self):
+        pass
+
+
 class _Mode(TorchDispatchMode):
     """Sees what has no operand on the device, such as `torch.zeros(3, device=DEVICE)`."""
 

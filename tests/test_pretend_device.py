@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from pretend_device import DEVICE, pretending
+from pretend_device import DEVICE, OneProcess, pretending
 from safetensors.torch import load, save
 
 from codalib.base.files import read_json
@@ -32,24 +32,6 @@ from codalib.training.vae import build_autoencoder, pretrain_vae
 LOOP = {"steps": 3, "batch_size": 1, "log_every": 100, "precision": "float32"}
 SCALES = (1, 2, 4, 8)
 WIDTHS = (8, 8, 8, 8)
-
-
-class OneProcess:
-    """What the library asks of an accelerator."""
-
-    device, num_processes, process_index, is_main_process = DEVICE, 1, 0, True
-
-    def prepare(self, module):
-        return module
-
-    def backward(self, loss):
-        loss.backward()
-
-    def reduce(self, tensor, how):
-        return tensor
-
-    def wait_for_everyone(self):
-        pass
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -139,7 +139,7 @@ class Tar:
 
     def _samples(self) -> list[dict]:
         samples: dict[str, dict] = {}
-        unread = []
+        unread, plain = [], defaultdict(set)  # plain: sample -> its texts named KEY.json and so on
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
@@ -151,11 +151,16 @@ class Tar:
                     key = f"{folder.rstrip('/')}/{stem}"
                     sample = samples.setdefault(key, {})
                     kind = "picture" if f".{ending}" in IMAGE_SUFFIXES else ending
-                    if kind in sample:
+                    exact = kind == rest.lower()  # a.json stands before a.more.json
+                    if kind in sample and exact == (kind in plain[key]):
                         raise DataError(
                             f"{self.path}: the sample {key} holds several {kind} files ({member.name} too), expected "
                             "one for each name up to its first dot: leave the others out, or rename them"
                         )
+                    if kind in sample and not exact:
+                        continue
+                    if exact:
+                        plain[key].add(kind)
                     if kind == "picture":
                         sample[kind] = {"key": key, "offset": member.offset_data, "size": member.size}
                     elif kind in TAR_TEXTS:

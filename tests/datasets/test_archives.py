@@ -315,6 +315,15 @@ def test_a_tars_endings_may_be_written_in_any_letters(tmp_path):
     assert found == {"a": ("dog", ("dog",)), "b": ("cat", ("a cat",))}
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_text_of_the_plain_ending_stands_before_one_with_more(tmp_path, order):
+    texts = dict([("a__cls", b"cat"), ("a__old__cls", b"dog")][::order])
+    own = {"a__jpg": 0, "b__jpg": 1, "b__cls": b"cat"}
+    assert load_dataset(write_tar(tmp_path / "0.tar", **own, **texts), "train", 16).classes == ["cat"]
+    with pytest.raises(DataError, match="holds several cls files"):
+        load_dataset(write_tar(tmp_path / "1.tar", a__jpg=0, a__v1__cls=b"1", a__v2__cls=b"2"), "train", 16)
+
+
 def test_a_tar_holds_the_kinds_of_pictures_that_a_folder_does(tmp_path, caplog):
     (tmp_path / "pictures").mkdir()
     endings = ["gif", "bmp", "tif", "jpe", "jfif", "webp", "avif", "svg"]

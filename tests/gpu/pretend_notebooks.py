@@ -17,31 +17,13 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from IPython.core.interactiveshell import InteractiveShell  # noqa: E402
-from pretend_device import DEVICE, pretending  # noqa: E402
+from pretend_device import DEVICE, OneProcess, pretending  # noqa: E402
 
 from codalib.base import hardware, processes  # noqa: E402
 
 # What later ones read is first.
 FIRST = ("00_pretrain_vae", "01_quantizer_factorial", "01_adapted_factorial", "01_train_tokenizer")
 ELSEWHERE = ("bench", "report")  # which read results alone
-
-
-class OneProcess:
-    """What the library asks of an accelerator."""
-
-    device, num_processes, process_index, is_main_process = DEVICE, 1, 0, True
-
-    def prepare(self, module):
-        return module
-
-    def backward(self, loss):
-        loss.backward()
-
-    def reduce(self, tensor, how):
-        return tensor
-
-    def wait_for_everyone(self):
-        pass
 
 
 def run(path: Path) -> str:
