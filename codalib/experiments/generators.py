@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from codalib.base.files import read_json, write_json
 from codalib.base.hardware import compute_device
 from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_tokens
 from codalib.evaluation.generation import (
@@ -27,7 +28,7 @@ from codalib.evaluation.metrics import frechet_column
 from codalib.experiments.adapted import AdaptedTrials
 from codalib.experiments.paper import gain
 from codalib.experiments.statistics import claim_verdict
-from codalib.experiments.trials import TrialFolder, bracket_trials, words
+from codalib.experiments.trials import TrialFolder, bracket_trials, inputs_key, words
 from codalib.models.checkpoints import load_tokenizer
 from codalib.models.checks import NonFiniteLoss
 from codalib.training.maskgit import train_maskgit
@@ -112,17 +113,19 @@ class GeneratorTrials:
         """One generator: with STEPS one of the bracket, trained for so many and not sampled from."""
         own = replace(self.settings, learning_rate=rate, seed=seed, steps=steps or self.settings.steps)
 
+        inputs = [PROTOCOL, self.tokenizers[name].inputs(), own.deciding(), asdict(self.encoding)]
+
         def make(file: str) -> dict[str, Any]:
+            model = self.work / "generators" / f"{file}-{inputs_key(inputs)}"
             found = {"tokenizer": name, "settings": own.deciding(), "encoding": asdict(self.encoding)}
-            found |= self._train(own, name, file)
+            found |= self._train(own, name, model)
             if steps is None and "failed" not in found:
-                found |= self._judge(name, self.work / "generators" / file, seed)
+                found |= self._judge(name, model, seed)
             return found
 
         samplers = {key: asdict(own) for key, own in self._samplers(name).items()}
         judged = None if steps else [asdict(self.evaluation), samplers]
-        inputs = [PROTOCOL, self.tokenizers[name].inputs(), own.deciding(), asdict(self.encoding), judged]
-        return self.trials.once(f"{name} rate {rate:g} steps {own.steps} seed {seed}", inputs, make)
+        return self.trials.once(f"{name} rate {rate:g} steps {own.steps} seed {seed}", [*inputs, judged], make)
 
     def _samplers(self, name: str) -> dict[str, SamplerConfig]:
         return dict(list(self.samplers.items())[: None if name == next(iter(self.tokenizers)) else 1])
@@ -139,19 +142,24 @@ class GeneratorTrials:
         parts = ("train", train, views), ("choose", data.choose, plain)
         return [TokenCache.open(cache_tokens(tokenizer, images, place / part, own)) for part, images, own in parts]
 
-    def _train(self, own: MaskGITSettings, name: str, file: str) -> dict[str, Any]:
-        folder = self.work / file
+    def _train(self, own: MaskGITSettings, name: str, model_folder: Path) -> dict[str, Any]:
+        """Trains into the folder, the curve beside the weights; a trial that stops while it is judged finds both."""
+        done = model_folder / "trained.json"
+        if done.exists():
+            return read_json(done)
+        folder = self.work / model_folder.name
         try:
             model = train_maskgit(own, *self.caches(name), folder)
         except NonFiniteLoss as error:
             shutil.rmtree(folder, ignore_errors=True)
             return {"choose": {}, "failed": str(error)}
-        model.save_pretrained(self.work / "generators" / file)
+        model.save_pretrained(model_folder)
         log = read_log(folder)
         curve = [{key: row[key] for key in ("step", "val_loss", "val_accuracy")} for row in log if "val_loss" in row]
-        shutil.rmtree(folder)
         size = sum(p.numel() for p in model.parameters())
-        return {"choose": curve[-1], "curve": curve, "seconds": log[-1]["seconds"], "parameters": size}
+        write_json(done, {"choose": curve[-1], "curve": curve, "seconds": log[-1]["seconds"], "parameters": size})
+        shutil.rmtree(folder)
+        return read_json(done)
 
     def _judge(self, name: str, generator: Path | None, seed: int) -> dict[str, Any]:
         """ "judged": the rows of `evaluate_maskgit` by name, of the samplers or, without a generator, the baselines."""

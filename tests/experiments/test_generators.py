@@ -63,6 +63,22 @@ def test_a_generator_is_trained_on_its_tokenizers_tokens_and_read_from_its_file_
         trials(tmp_path).trial("ours", 0.001, 5)
 
 
+def test_a_trial_that_stopped_while_it_was_judged_is_not_trained_again(tmp_path, monkeypatch):
+    whole = trials(tmp_path / "whole").trial("ours", 0.001, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr("codalib.experiments.generators.evaluate_maskgit", lambda *_: pytest.fail("stopped here"))
+        with pytest.raises(pytest.fail.Exception, match="stopped here"):
+            trials(tmp_path / "cut").trial("ours", 0.001, 4)
+    monkeypatch.setattr("codalib.experiments.generators.train_maskgit", lambda *_: pytest.fail("trained again"))
+    resumed = trials(tmp_path / "cut").trial("ours", 0.001, 4)
+    assert resumed["choose"]["val_loss"] == whole["choose"]["val_loss"]
+    assert resumed["parameters"] == whole["parameters"]
+    for sampler, judged in whole["judged"].items():
+        assert resumed["judged"][sampler]["fd_effnet@32"] == judged["fd_effnet@32"]
+    with pytest.raises(pytest.fail.Exception, match="trained again"):  # other settings are another training
+        trials(tmp_path / "cut").trial("ours", 0.002, 4)
+
+
 def test_how_the_work_is_done_is_in_no_trials_name(tmp_path, monkeypatch):
     monkeypatch.setattr(TrialFolder, "once", lambda self, name, inputs, make, *_: [name, inputs])
     plain, fast = trials(tmp_path), trials(tmp_path)
