@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from codalib.base.files import write_json
 from codalib.base.processes import make_accelerator
-from codalib.base.seeds import sample_generators
+from codalib.base.seeds import check_seed, sample_generators
 from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset, share_content_digests
 from codalib.datasets.text import CaptionTable, build_text_encoder
 from codalib.datasets.token_cache import CacheSettings, TokenCache, cache_tokens, check_generator, tokenizer_hash
@@ -37,8 +37,9 @@ from codalib.evaluation.metrics import COVARIANCE_IMAGES, FrechetDistance, build
 from codalib.evaluation.results import digest, is_cached, read_results, result_file
 from codalib.kernels.decoding import compile_decoding
 from codalib.models.checkpoints import find_model, load_tokenizer
+from codalib.models.checks import check_sampling, check_whole
 from codalib.models.maskgit import Condition, MaskGIT
-from codalib.models.sampling import generate
+from codalib.models.sampling import ORDERS, generate, guidance_at, unmask_counts
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.tokens import split_levels
 
@@ -56,6 +57,12 @@ class SamplerConfig:
     guidance: float = 0.0  # 0: none
     guidance_schedule: str = "constant"  # "constant" or "linear"
     order: str = "confidence"  # over all levels (the paper's), or "coarse-to-fine"
+
+    def __post_init__(self) -> None:
+        check_whole(1, steps=self.steps)
+        check_sampling(False, True, self.temperature, self.choice_temperature, self.guidance, self.order, ORDERS)
+        unmask_counts(self.steps, self.steps, self.schedule)
+        guidance_at(0, self.steps, self.guidance, self.guidance_schedule)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,10 @@ class GenerationSettings:
                 "expected reference 'val', or 'train' with training images, got "
                 f"{self.reference!r} and train_limit {self.train_limit}"
             )
+        least = ("batch_size", "frechet_resolution", "neighbours")
+        check_whole(1, **{name: getattr(self, name) for name in least})
+        check_whole(0, workers=self.workers)
+        check_seed(self.seed)
         if self.samples is not None and self.samples < 2:
             raise ValueError(f"expected at least 2 samples, got {self.samples}")
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from codalib.base.files import write_json
 from codalib.base.processes import make_accelerator
-from codalib.base.seeds import sample_generators
+from codalib.base.seeds import check_seed, sample_generators
 from codalib.datasets.images import ImageDataset, evaluation_batches, load_dataset, share_content_digests
 from codalib.evaluation.metrics import (
     FrechetDistance,
@@ -25,6 +25,7 @@ from codalib.evaluation.metrics import (
 )
 from codalib.evaluation.results import is_cached, read_results, result_file
 from codalib.models.checkpoints import find_model, load_tokenizer, load_vae
+from codalib.models.checks import check_whole
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 from codalib.pretrained.perceptual import PerceptualDistance, build_perceptual
@@ -45,6 +46,12 @@ class EvaluationSettings:
     frechet_resolution: int = 224  # side of EfficientNet's input, pixels
     perceptual: str | None = "auto"  # "perceptual_vgg" (LPIPS), "perceptual_effnet", what is here, or None
     seed: int = 0  # of the posterior's noise
+
+    def __post_init__(self) -> None:
+        least = ("batch_size", "resolution", "frechet_resolution")
+        check_whole(1, **{name: getattr(self, name) for name in least})
+        check_whole(0, workers=self.workers)
+        check_seed(self.seed)
 
     def load_images(self) -> ImageDataset:
         return load_dataset(self.dataset, "val", self.resolution, limit=self.val_limit)

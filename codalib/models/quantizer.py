@@ -20,6 +20,7 @@ from codalib.models.tokens import Tokens
 MAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 680 tokens; the release's levels for 16 x 16 latents
 FLUX_SCALES = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # 2,240 tokens; the release's levels for 32 x 32 latents
 BACKENDS = ("reference", *kernels.BACKENDS)
+NORMS = ("rms", "layer", None)  # of queries and keys
 NORM_EPS = 1e-5
 
 
@@ -181,7 +182,7 @@ class CodebookAttention(nn.Module):
         self.to_q = nn.Linear(channels, width)
         self.to_k = nn.Linear(channels, width)
         self.to_v = nn.Linear(channels, channels)
-        if norm not in ("rms", "layer", None):
+        if norm not in NORMS:
             raise ValueError(f'expected the norm "rms", "layer" or None, got {norm!r}')
         layer = nn.RMSNorm if norm == "rms" else nn.LayerNorm
         self.norm_q, self.norm_k = (layer(width, eps=NORM_EPS) if norm else nn.Identity() for _ in range(2))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from codalib.base.hardware import THREADS, fixed_threads
 from codalib.base.paths import project_folder, reports_folder, runs_folder
-from codalib.workflow.execute import execute, keep_checked_outputs
-from codalib.workflow.profiles import StageError, profile_path
+from codalib.workflow.execute import check_profile, execute, keep_checked_outputs
+from codalib.workflow.profiles import StageError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def run_profile(profile: str, exclusive: bool = False, executor: str | None = No
     With EXECUTOR "slurm" each stage is a job of the cluster, of what the profile's `resources` say.
     A lock of Snakemake's own would outlive a killed run; `workflow.execute` holds one a notebook that does not.
     """
-    profile_path(profile)  # an unknown one stops here, with the known ones named
+    check_profile(profile)
     if executor == "slurm":
         return _run_on_slurm(profile)
     cores = "all" if exclusive else "1"

@@ -15,12 +15,12 @@ from typing import Any
 
 from codalib.base.seeds import check_seed
 from codalib.datasets.token_cache import CacheSettings, TokenCache
-from codalib.models.adapters import ADAPTED_LAYERS
-from codalib.models.checks import check_positive, check_range, check_whole
+from codalib.models.adapters import ADAPTED_LAYERS, ADAPTED_PARTS
+from codalib.models.checks import check_list, check_positive, check_quantizer, check_range, check_whole
 from codalib.models.loss_weights import ADAPTIVE_LAYERS, LossWeights
 from codalib.models.maskgit import PRESETS, MaskGIT
 from codalib.models.masks import MASK_RATIOS
-from codalib.models.quantizer import ResidualQuantizer
+from codalib.models.quantizer import BACKENDS, NORMS, ResidualQuantizer
 from codalib.models.quantizer_kinds import KINDS, quantizer_from_config
 from codalib.pretrained.registry import has_weights
 
@@ -118,8 +118,17 @@ class QuantizerSettings(LoopSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start not in STARTS:
-            raise ValueError(f"expected a start of {' or '.join(STARTS)}, got {self.start!r}")
+        for what, value, known in (
+            ("quantizer kind", self.kind, KINDS),
+            ("start", self.start, STARTS),
+            ("norm", self.norm, NORMS),
+        ):
+            if value not in known:
+                raise ValueError(f"expected a {what} of {' or '.join(map(str, known))}, got {value!r}")
+        check_quantizer(1, self.codebook_size, self.scales, self.beta, self.backend, BACKENDS)
+        check_whole(1, attention_dim=self.attention_dim)
+        check_positive(entropy_temperature=self.entropy_temperature)
+        check_range(0, math.inf, quantization_weight=self.quantization_weight, entropy_weight=self.entropy_weight)
 
     def build_quantizer(self, latent_channels: int) -> ResidualQuantizer:
         """A fresh quantizer of these settings."""
@@ -150,7 +159,11 @@ class TokenizerSettings(QuantizerSettings):
         super().__post_init__()
         if self.adaptive_layer not in ADAPTIVE_LAYERS:
             raise ValueError(f"expected adaptive_layer {' or '.join(ADAPTIVE_LAYERS)}, got {self.adaptive_layer!r}")
-        check_whole(1, ema_ramp=self.ema_ramp)
+        if self.adapters not in (*ADAPTED_PARTS, SCRATCH):
+            raise ValueError(f"expected adapters of {', '.join((*ADAPTED_PARTS, SCRATCH))}, got {self.adapters!r}")
+        check_whole(1, ema_ramp=self.ema_ramp, rank=self.rank)
+        check_list(adapted_layers=self.adapted_layers)
+        _ = self.weights  # says which is none
 
     def check_grid(self, side: int) -> None:
         """Raise ValueError where the last level is not the latent grid, which has this side."""
@@ -209,6 +222,9 @@ class EncodingSettings:
     views: int = CacheSettings.views  # times that each image is encoded, each with a noise (and a crop) of its own
     random_crop: bool = False  # a crop of an enlarged picture, as the tokenizer's training takes it
     flip: bool = CacheSettings.flip  # mirror every second view
+
+    def __post_init__(self) -> None:
+        check_whole(1, views=self.views)
 
 
 CONDITIONS = ("class", "text", "none")

@@ -20,12 +20,18 @@ from nbclient.exceptions import DeadKernelError
 
 from codalib.base.files import atomic_write, hold, release, writing
 from codalib.base.hardware import set_threads
-from codalib.base.paths import MissingPart, reports_folder, runs_folder
+from codalib.base.paths import MissingPart, project_folder, reports_folder, runs_folder
 from codalib.base.team import check_processes, launched_processes
 from codalib.reporting.pages import notebook_page
 from codalib.reporting.tables import clock
-from codalib.workflow.parameters import declared_parameters, notebook_values, parsed
-from codalib.workflow.profiles import StageError, profile_section
+from codalib.workflow.parameters import (
+    declared_parameters,
+    filled_settings,
+    notebook_values,
+    parsed,
+    resolved_values,
+)
+from codalib.workflow.profiles import StageError, profile_section, profile_stages
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +94,27 @@ def execute(
         file.write(notebook_page(result, name, home=home, footer=f"Notebook {name}{footer}."))
     log.info("%s: finished in %s", name, clock(time.monotonic() - started))
     return page
+
+
+def check_profile(profile: str) -> None:
+    """Whether every stage of PROFILE takes its values, asked before the first one runs; StageError names all problems.
+
+    A wrong name, another type, and values that do not go together (`filled_settings`): each would else be found when
+    the stage's turn comes, hours later.
+    """
+    folder, problems = project_folder() / "notebooks", []
+    for stage in profile_stages(profile, sorted(path.stem for path in folder.glob("*.ipynb"))):
+        path = folder / f"{stage}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            _parameters(path, notebook, profile, {}, {})
+            filled_settings(notebook, resolved_values(notebook, profile_section(profile, stage)))
+        except StageError as error:
+            problems.append(str(error))
+        except ValueError as error:
+            problems.append(f"{path}, profile {profile}: {error}")
+    if problems:
+        raise StageError("\n".join(problems))
 
 
 def _parameters(

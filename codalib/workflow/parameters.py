@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,23 @@ def resolved_values(notebook: nbformat.NotebookNode, *layers: Mapping[str, Any])
     hints, loose = declared_types(notebook)
     values = validate(hints, defaults | notebook_values(notebook, *layers), loose)
     return {name: value for name, value in values.items() if name != SETTINGS} | values.get(SETTINGS, {})
+
+
+def filled_settings(notebook: nbformat.NotebookNode, values: Mapping[str, Any]) -> list[Any]:
+    """The dataclasses of settings that a notebook would make of its VALUES, by its own lines and nothing else.
+
+    They say whether values go together, as types alone do not; ValueError where these do not. Lines that need more than
+    the values, such as a data set, are left out.
+    """
+    setup = next((cell.source for cell in notebook.cells if "= check_parameters(" in cell.source), "")
+    space = {**values, "parameters": dict(values)}
+    for node in _parse(setup).body:
+        called = getattr(getattr(getattr(node, "value", None), "func", None), "id", "")
+        checks = called in ("settings_from", "check_sweep") or called.endswith("Settings")
+        plain = isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        if isinstance(node, ast.ImportFrom) or plain or checks:
+            exec(compile(ast.Module([node], []), "<notebook>", "exec"), space)
+    return [value for value in space.values() if is_dataclass(value) and not isinstance(value, type)]
 
 
 def _types(

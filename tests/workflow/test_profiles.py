@@ -1,6 +1,5 @@
 """Profiles, notebooks and the order of the runs agree."""
 
-import ast
 import dataclasses
 import json
 import os
@@ -18,7 +17,8 @@ from nbformat import v4
 from codalib.experiments.paper import TABLE_2
 from codalib.tools import run
 from codalib.training.settings import TokenizerSettings
-from codalib.workflow.parameters import notebook_values, resolved_values, settings_from
+from codalib.workflow.execute import check_profile
+from codalib.workflow.parameters import filled_settings, notebook_values, resolved_values, settings_from
 from codalib.workflow.profiles import Resources, StageError, profile_resources, profile_section, profile_stages
 
 ROOT = Path(__file__).parents[2]
@@ -41,27 +41,33 @@ def test_every_key_is_a_parameter_or_a_field_of_its_notebook_and_has_its_type(pa
         notebook_values(notebook(stage), profile_section(path.stem, stage))
 
 
-def settings_statements(stage):
-    """The imports of a notebook's setup cell, and the lines there that fill dataclasses of settings."""
-    setup = next((cell.source for cell in notebook(stage).cells if "= check_parameters(" in cell.source), "")
-    for node in ast.parse(setup).body:
-        called = getattr(getattr(getattr(node, "value", None), "func", None), "id", "")
-        plain = isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
-        if isinstance(node, ast.ImportFrom) or plain or called == "settings_from" or called.endswith("Settings"):
-            yield ast.Module([node], [])
-
-
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_every_stage_fills_its_settings_from_it(path):
     """Values that do not go together are seen here, not by the one who waits for the stage."""
-    filled = set()
-    for stage in profile_stages(path.stem, STEMS):
-        space = values(path.stem, stage)
-        space["parameters"] = dict(space)
-        for statement in settings_statements(stage):
-            exec(compile(statement, stage, "exec"), space)
-        filled |= {type(value).__name__ for value in space.values() if dataclasses.is_dataclass(type(value))}
+    check_profile(path.stem)
+    stages = profile_stages(path.stem, STEMS)
+    found = [settings for stage in stages for settings in filled_settings(notebook(stage), values(path.stem, stage))]
+    filled = {type(settings).__name__ for settings in found}
     assert filled & {"TokenizerSettings", "MaskGITSettings", "QuantizerSettings"}
+
+
+def test_what_is_wrong_with_a_profile_is_said_before_its_first_stage_runs(monkeypatch, caplog, tmp_path):
+    """All of it at once: values of another type, and values that do not go together."""
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    stages = "stages: [01_train_tokenizer, 02_train_maskgit, 01_train_variants]\n"
+    wrong = "02_train_maskgit: {steps: many}\n01_train_tokenizer: {rank: 0}\n01_train_variants: {seeds: []}\n"
+    (tmp_path / "profiles" / "own.yaml").write_text(stages + wrong)
+    for module in "profiles", "execute":
+        monkeypatch.setattr(f"codalib.workflow.{module}.project_folder", lambda: tmp_path)
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: pytest.fail("a stage has begun"))
+    assert run.main(["--profile", "own"]) == 1
+    for stage, words in {
+        "02_train_maskgit": "expected int for `steps`, got 'many'",
+        "01_train_tokenizer": "expected rank",
+        "01_train_variants": "expected",
+    }.items():
+        assert re.search(f"{stage}.ipynb, profile own: .*{re.escape(words)}", caplog.text), caplog.text
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
