@@ -238,6 +238,15 @@ class FrechetDistance(FrechetInceptionDistance):
         self.add_state("real_features", [], dist_reduce_fx="cat")
         self.add_state("fake_features", [], dist_reduce_fx="cat")
 
+    @property
+    def names_of_reconstructions(self) -> tuple[str, str]:
+        """Of the Frechet and of the kernel distance where the images are reconstructions, as the field has it."""
+        return ("rfid", "rkid") if self.name == "fid" else (self.name, self.kernel_name)
+
+    def of_reconstructions(self) -> dict[str, float]:
+        """Both distances by these names."""
+        return dict(zip(self.names_of_reconstructions, (float(self.compute()), self.kernel()), strict=True))
+
     def update(self, imgs: Tensor, real: bool) -> None:
         super().update(imgs, real)
         (self.real_features if real else self.fake_features).append(self.inception.last)
@@ -394,7 +403,7 @@ class ReconstructionMetrics(nn.Module):
                     f"expected the {real.item()} images of an earlier evaluation as reference, got {fake.item()}: "
                     "evaluate the same set, or build a new Frechet distance"
                 )
-            values |= zip(self._distances, (self.frechet.compute(), self.frechet.kernel()), strict=True)
+            values |= self.frechet.of_reconstructions()
         return {name: float(value) for name, value in values.items()}
 
     def protocol(self) -> dict[str, str]:
@@ -414,7 +423,7 @@ class ReconstructionMetrics(nn.Module):
             network = "LPIPS, VGG16" if self.perceptual.name == "perceptual_vgg" else "EfficientNet-Lite0, not LPIPS"
             texts[self.perceptual.name] = f"{network}; {images}; reconstruction clamped, not rounded"
         if self.frechet is not None:
-            frechet, kernel = self._distances
+            frechet, kernel = self.frechet.names_of_reconstructions
             inception = frechet == "rfid"
             network = (
                 "TF-ported InceptionV3, 2048-d" if inception else "EfficientNet-Lite0, 1280-d, not comparable with FID"
@@ -429,14 +438,10 @@ class ReconstructionMetrics(nn.Module):
             texts["psnr"] += f"; {exact:,} equal in 8 bits, counted as if one of their values were off by one"
         made = {name: texts[name.split("_level_")[0]] for name in self.compute()}
         if self.frechet is not None and frechet not in made:
-            made |= dict.fromkeys(self._distances, f"left out: it takes {COVARIANCE_IMAGES} images, got 1")
+            made |= dict.fromkeys(
+                self.frechet.names_of_reconstructions, f"left out: it takes {COVARIANCE_IMAGES} images, got 1"
+            )
         return made
-
-    @property
-    def _distances(self) -> tuple[str, str]:
-        """The names of the Frechet and of the kernel distance; of reconstructions, as the field has it."""
-        frechet, kernel = self.frechet.name, self.frechet.kernel_name
-        return ("rfid", "rkid") if frechet == "fid" else (frechet, kernel)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:

@@ -94,9 +94,7 @@ class AdaptedData:
 
     def distances(self, features: Tensor) -> dict[str, float]:
         """The Frechet and the kernel distance of features (N, D) to the test images', under names that say how."""
-        frechet, kernel = self.distance.name, self.distance.kernel_name
-        if frechet == "fid":
-            frechet, kernel = "rfid", "rkid"
+        frechet, kernel = self.distance.names_of_reconstructions
         return {
             frechet: frechet_distance(*moments(self.real), *moments(features)),
             kernel: kernel_distance(self.real, features),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from codalib.datasets.images import ImageDataset, evaluation_batches
 from codalib.evaluation.latents import encode_images, encode_posterior, quantizer_scores
-from codalib.evaluation.metrics import finite_psnr, psnr
+from codalib.evaluation.metrics import FrechetDistance, finite_psnr, frechet_column, psnr
 from codalib.experiments.ablation import Fitted, with_weights
 from codalib.experiments.bracketing import bracket, bracket_both
 from codalib.experiments.paper import USED
@@ -41,6 +41,7 @@ METHODS = {  # name -> kind of quantizer, start of its codes
     "attention, random start": ("attention", "random"),
     "attention, data start": ("attention", "data"),
 }
+LEVELS = "nearest, data start"  # the method that says what levels are worth
 PAPER_RATE, PAPER_ENTROPY_WEIGHT = 5e-4, 0.05  # paper, section 5.1; the release's configuration
 
 
@@ -70,6 +71,12 @@ class FactorialData:
             vae,
             data_digest(vae, (train, test), PROTOCOL, held_out, seed, train.resolution),
         )
+
+    def reference(self, distance: FrechetDistance) -> FrechetDistance:
+        """The distance with the test images as its real ones, for `Factorial.distances`."""
+        for images in self.images.split(32):
+            distance.update(images, real=True)
+        return distance
 
 
 class Factorial:
@@ -222,6 +229,26 @@ class Factorial:
         )
         return Fitted(method, setting, settings, quantizer, tuple(zip(steps, states, strict=True)))
 
+    def distances(self, row: Mapping[str, Any], distance: FrechetDistance) -> dict[str, float]:
+        """The Frechet and the kernel distance of the test images as a finished trial's quantizer gives them.
+
+        Measured once, and kept beside the trial's own file.
+
+        Args:
+            distance: with the test images as its real ones, see `FactorialData.reference`.
+        """
+
+        def make(_: str) -> dict[str, Any]:
+            own = distance.with_same_reference()
+            for _, decoded in self._decoded(self.fitted(row["method"], row["setting"], row).quantizer):
+                own.update(decoded, real=False)
+            return {"distances": own.of_reconstructions()}
+
+        names = {name: row["settings"][name] for name in ("learning_rate", "entropy_weight", "seed")}
+        name = self._name(row["method"], row["grid"], replace(self.settings, **names))
+        inputs = [PROTOCOL, self.data.digest, row["settings"], distance.name]
+        return self.trials.once(f"{name} distances", inputs, make)["distances"]
+
     @staticmethod
     def _name(method: str, grid: str, settings: QuantizerSettings) -> str:
         rate, weight = settings.learning_rate, settings.entropy_weight
@@ -232,14 +259,31 @@ class Factorial:
         scores = quantizer_scores(quantizer, *self.data.choose)[0]
         return {"step": step} | {name: scores[name] for name in ("relative_error", "utilization", "perplexity")}
 
-    @torch.no_grad()
     def _psnr(self, quantizer: ResidualQuantizer) -> list[float]:
-        """dB of each test image, decoded from the tokens of the first draw of its latents."""
-        values = []
+        """dB of each test image."""
+        pairs = self._decoded(quantizer)
+        return [value for images, decoded in pairs for value in finite_psnr(psnr(images, decoded), images).tolist()]
+
+    @torch.no_grad()
+    def _decoded(self, quantizer: ResidualQuantizer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Test images and what is decoded from the tokens of the first draw of their latents, in batches."""
         for images, latents in zip(self.data.images.split(32), self.data.test[1].split(32), strict=True):
             quantized = quantizer.decode(quantizer.encode(latents.to(quantizer.codebooks.weight.device)))
-            values += finite_psnr(psnr(images, self.data.vae.decode(quantized).cpu()), images).tolist()
-        return values
+            yield images, self.data.vae.decode(quantized).cpu()
+
+
+def level_rows(
+    rows: Sequence[Mapping[str, Any]], grids: Mapping[str, Sequence[int]]
+) -> dict[int, list[Mapping[str, Any]]]:
+    """Of the rows of `Factorial.run` those that say what levels are worth: number of levels -> trials, fewest first.
+
+    Nearest codes that start from data, on grids that are one full grid or grow to it, finals alone; of two grids with
+    as many levels the last stands.
+    """
+    names = {len(scales): grid for grid, scales in grids.items() if len(scales) == 1 or scales[0] < scales[-1]}
+    finals = [row for row in rows if row["method"] == LEVELS and row["setting"] != "tried" and "test" in row]
+    found = {levels: [row for row in finals if row["grid"] == names[levels]] for levels in sorted(names)}
+    return {levels: own for levels, own in found.items() if own}
 
 
 def factorial_claims(
@@ -293,26 +337,28 @@ def _attention_claims(
 
 
 def _level_claims(found: Compared, grids: Mapping[str, Sequence[int]], tuned: str) -> list[dict[str, Any]]:
-    """Residual levels lower the error: from the fewest to the most, and each step between grids that end alike."""
-    names = {len(scales): f"{grid}, nearest, data start" for grid, scales in grids.items() if _pyramid(scales)}
-    names = {levels: names[levels] for levels in sorted(names) if names[levels] in found.rows}
+    """Residual levels lower the error: from the fewest to the most, and each step between grids that end alike.
+
+    Each step lowers the Frechet distance too, where every row has one.
+    """
+    rows = [row for own in found.rows.values() for row in own]
+    names = {levels: f"{own[0]['grid']}, {LEVELS}" for levels, own in level_rows(rows, grids).items()}
     if len(names) < 2:
         return []
     ends, setting = (names[min(names)], names[max(names)]), f"frozen VAE, nearest codes, data start, {tuned}"
     text, parts = found.change("relative_error", *ends), {"relative_error": found.error_falls(*ends)}
     claims = [claim_verdict("residual_error", parts, text, setting=setting)]
     if len(names) > 2:
-        parts = {
-            f"relative_error: {few} to {many} levels": found.error_falls(names[few], names[many])
-            for few, many in pairwise(names)
-        }
-        text = f"relative error at {', '.join(map(str, names))} levels, each trained: " + ", ".join(
-            f"{np.mean(found.of(name, 'relative_error')):.4g}" for name in names.values()
+        steps = {f"{few} to {many} levels": (names[few], names[many]) for few, many in pairwise(names)}
+        parts = {f"relative_error: {step}": found.error_falls(*pair) for step, pair in steps.items()}
+        metrics = ["relative_error"]
+        columns = {frechet_column(row["test"]) for name in names.values() for row in found.rows[name]}
+        if len(columns) == 1 and None not in columns:
+            metrics += columns
+            parts |= {f"{metrics[1]}: {step}": found.gains(metrics[1], *pair) for step, pair in steps.items()}
+        text = f"at {', '.join(map(str, names))} levels, each trained: " + "; ".join(
+            f"{metric} " + ", ".join(f"{np.mean(found.of(name, metric)):.4g}" for name in names.values())
+            for metric in metrics
         )
         claims.append(claim_verdict("levels_monotone", parts, text, setting=setting))
     return claims
-
-
-def _pyramid(scales: Sequence[int]) -> bool:
-    """Whether levels grow to the full grid, or there is that alone."""
-    return len(scales) == 1 or scales[0] < scales[-1]

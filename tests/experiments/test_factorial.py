@@ -1,6 +1,7 @@
 """The factorial of quantizers on a frozen VAE's latents."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from codalib import load_dataset, load_vae
 from codalib.base.files import read_json
 from codalib.base.paths import project_folder
 from codalib.evaluation.latents import quantizer_scores
-from codalib.experiments.factorial import METHODS, PROTOCOL, Factorial, FactorialData, factorial_claims
+from codalib.evaluation.metrics import build_frechet
+from codalib.experiments.factorial import METHODS, PROTOCOL, Factorial, FactorialData, factorial_claims, level_rows
 from codalib.experiments.trials import data_digest, words
 from codalib.training.settings import QuantizerSettings
 
@@ -130,6 +132,7 @@ def result(grid, method, seed, error, change=0.5, used=1.0, setting="best"):
         "choose": {"relative_error": error},
         "test": test,
         "test_errors": [error * (1 + 0.001 * seed)] * 4,
+        "settings": {"seed": seed},
     }
 
 
@@ -154,7 +157,49 @@ def test_claims_by_hand():
     assert verdicts["sparse_assignment"]["verdict"] == "holds"
     assert verdicts["residual_error"]["verdict"] == "holds"  # from one grid to the most levels
     assert verdicts["levels_monotone"]["verdict"] == "does not hold"  # from two levels to the pyramid
-    assert verdicts["levels_monotone"]["effect"].startswith("relative error at 1, 2, 4 levels")
+    assert verdicts["levels_monotone"]["effect"] == "at 1, 2, 4 levels, each trained: relative_error 0.22, 0.1, 0.11"
+
+
+def test_every_level_is_to_lower_the_frechet_distance_too_where_there_is_one():
+    def verdict(last):
+        distances = {"one grid": 300.0, "two levels": 200.0, "pyramid": last}
+        errors = {"one grid": 0.3, "two levels": 0.2, "pyramid": 0.1}
+        rows = [result(grid, "nearest, data start", seed, errors[grid]) for grid in distances for seed in range(3)]
+        for row in rows:
+            row["test"]["fd_effnet@64"] = distances[row["grid"]] * (1 + 0.001 * row["settings"]["seed"])
+        claims = factorial_claims(rows, {"one grid": [8], "two levels": [4, 8], "pyramid": [1, 4, 8]}, list("abcd"))
+        return next(claim for claim in claims if claim["id"] == "levels_monotone")
+
+    assert verdict(150.0)["verdict"] == "holds"
+    assert verdict(150.0)["effect"].endswith("; fd_effnet@64 300.3, 200.2, 150.2")
+    assert verdict(210.0)["verdict"] == "does not hold"  # though the error falls
+    assert "fd_effnet@64: 2 to 3 levels" in verdict(210.0)["detail"]
+
+
+def test_the_distances_of_a_trials_images_are_measured_once(tmp_path, data, monkeypatch):
+    own = factorial(tmp_path, data)
+    rows = [
+        own.trial(method, grid, scales, 0.05, 0.0, 0, decoded=True) | {"setting": "best"}
+        for method in ("nearest, data start", "nearest, random start")
+        for grid, scales in {"one grid": [8], "pyramid": [4, 8], "five grids": [8] * 5}.items()
+    ]
+    levels = level_rows(rows, {"one grid": [8], "pyramid": [4, 8], "five grids": [8] * 5})
+    assert {number: [row["grid"] for row in found] for number, found in levels.items()} == {
+        1: ["one grid"],
+        2: ["pyramid"],
+    }
+    distance = data.reference(build_frechet("fd_effnet", 32))
+    (row,) = levels[2]
+    found = own.distances(row, distance)
+    assert list(found) == ["fd_effnet@32", "kd_effnet@32"]
+    quantizer = own.fitted("nearest", "best", row).quantizer
+    by_hand = build_frechet("fd_effnet", 32)
+    by_hand.update(data.images, real=True)
+    by_hand.update(data.vae.decode(quantizer.decode(quantizer.encode(data.test[1]))), real=False)
+    assert found == pytest.approx(by_hand.of_reconstructions(), rel=1e-4)
+    monkeypatch.setattr("codalib.experiments.factorial.fit_quantizer", lambda *_, **__: pytest.fail("fitted again"))
+    shutil.rmtree(tmp_path / "work")
+    assert factorial(tmp_path, data).distances(row, distance) == found
 
 
 def test_the_papers_setting_has_verdicts_of_its_own():
