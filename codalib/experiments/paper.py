@@ -183,7 +183,7 @@ TABLE_2 = Table(
 TABLE_3 = Table(
     number="3",
     title="Class-conditional generation on ImageNet",
-    protocol="ImageNet 256 x 256: FID of 50,000 samples; MaskGIT 500,000 steps at batch 2048",
+    protocol="ImageNet 256 x 256: FID, of 50,000 samples as is usual; MaskGIT 500,000 steps at batch 2048",
     columns=("kind", "parameters", "steps", "fid"),
     rows=(
         Row("ADM", kind="diffusion", parameters=554, steps=250, fid=10.94),
@@ -252,7 +252,7 @@ TABLE_4C = Table(
 TABLE_5 = Table(
     number="5",
     title="Text-to-image generation on MS-COCO",
-    protocol="MS-COCO 256 x 256: FID over 30,000 validation captions",
+    protocol="MS-COCO 256 x 256: FID, over 30,000 validation captions as is usual",
     columns=("fid",),
     rows=(
         Row("VQ-Diffusion", fid=13.86),

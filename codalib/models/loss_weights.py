@@ -57,7 +57,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, param
         (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True)
         if gradient is None:
             raise ValueError(
-                f"expected a parameter of the decoder's last trained layer for the adaptive weight, got one of shape "
+                f"expected a parameter of the decoder's layer for the adaptive weight, got one of shape "
                 f"{tuple(parameter.shape)} that the {name} loss does not depend on"
             )
         norms.append(_norm_over_processes(gradient.float(), shared=parameter.is_leaf))

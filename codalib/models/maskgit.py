@@ -36,7 +36,7 @@ Condition = Tensor | TextCondition | None  # labels (B,) int64, captions, or not
 
 
 class MaskGIT(OnHub, CodeValues):
-    """Predicts masked tokens from visible ones and a condition (section 4.3 of arXiv:2503.17760).
+    """Predicts masked tokens from visible ones and a condition (section 4 of arXiv:2503.17760).
 
     Args:
         codebook_size, scales: K, where the token K is the mask, and the side of each level's map.

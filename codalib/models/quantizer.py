@@ -63,7 +63,7 @@ def softmax_assignment(
 
 
 class ResidualQuantizer(nn.Module):
-    """The residual scheme of Eq. 4-5, which CODA's quantizer and the VQ baseline (`models.baselines`) share.
+    """The residual scheme of Eq. 4-5, pooled and upsampled to each scale as in VAR; the VQ baseline's too.
 
     Computes in float32 (float64 for float64 latents), also under autocast: at an entropy temperature of 0.01 the
     rounding of bfloat16 logits would be as large as the logits' differences.
@@ -73,7 +73,7 @@ class ResidualQuantizer(nn.Module):
     `assign(features, keys, values, backend)`, a `Level` with gradients and the same indices.
     """
 
-    kind: str  # "attention" or "nearest": what `quantizer_from_config` builds
+    kind: str  # its name in `quantizer_kinds`: what `quantizer_from_config` builds
 
     def __init__(self, latent_channels: int, codebook_size: int, scales: Sequence[int], beta: float, backend: str):
         super().__init__()
@@ -91,7 +91,7 @@ class ResidualQuantizer(nn.Module):
 
     @property
     def code_values(self) -> Tensor:
-        """What each code adds to the latents, (K, C): its vector; with attention the projected values of Eq. 6."""
+        """What each code adds to the latents, (K, C): its vector; with attention the projected values of Eq. 8."""
         return self.project_codes()[1].detach().float()
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
@@ -175,7 +175,7 @@ class ResidualQuantizer(nn.Module):
 
 
 class CodebookAttention(nn.Module):
-    """The projections of Eq. 6, Q = norm(F W_q), K = norm(C W_k) and V = C W_v, of features F and codes C."""
+    """Q = norm(F W_q) and K = norm(C W_k) of Eq. 6, V = C W_v of Eq. 8, each with a bias; F features, C codes."""
 
     def __init__(self, channels: int, width: int, norm: str | None):
         super().__init__()
@@ -224,7 +224,7 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
         self.attn = CodebookAttention(latent_channels, attention_dim, norm)
 
     def project_codes(self) -> tuple[Tensor, Tensor]:
-        return self.attn.keys(self.codebooks.weight), self.attn.to_v(self.codebooks.weight)  # Eq. 6
+        return self.attn.keys(self.codebooks.weight), self.attn.to_v(self.codebooks.weight)  # Eq. 6, Eq. 8
 
     def choose(self, features: Tensor, keys: Tensor, backend: str) -> Tensor:
         queries, scale = self.attn.queries(features), self.attention_dim**-0.5
@@ -236,7 +236,7 @@ class ResidualAttentionQuantizer(ResidualQuantizer):
         inputs = self.attn.queries(features), keys, values, self.attention_dim**-0.5, self.entropy_temperature
         out = softmax_assignment(*inputs) if backend == "reference" else kernels.softmax_assign(*inputs, backend)
         loss = (
-            F.mse_loss(out.value, features)  # Eq. 11: through the softmax
+            F.mse_loss(out.value, features)  # Eq. 11 as in the release: the hard code, the soft gradient
             + F.mse_loss(out.hard.detach(), features)  # Eq. 10: the feature to its code ...
             + self.beta * F.mse_loss(out.hard, features.detach())  # ... and, by beta, the code to its feature
         )

@@ -1,4 +1,4 @@
-"""Parallel decoding of MaskGIT (section 4.3 of arXiv:2503.17760, arXiv:2202.04200): schedules and `generate`.
+"""Parallel decoding of MaskGIT (section 4 of arXiv:2503.17760, arXiv:2202.04200): schedules and `generate`.
 
 From a sequence that is masked but for what is fixed, each step draws a token for every masked position, keeps the most
 confident of them and masks the rest again; how many are kept is the schedule's. A sample's noise comes from a generator

@@ -1,1 +1,1 @@
-"""What one types: fetch, rehearse, bench and the rest of the `codalib` command."""
+"""What one types: the `codalib` command, a module for each or for two of its subcommands (`codalib --help`)."""

@@ -110,7 +110,8 @@ class QuantizerSettings(LoopSettings):
     start: str = "random"  # of the codes: "random" (standard normal) or "data" (features of the training latents)
     attention_dim: int = 32  # D, the width of queries and keys (release)
     norm: str | None = "rms"  # of queries and keys: "rms" (paper, Table 4c), "layer" or None
-    beta: float = 0.05  # of the commitment term, Eq. 10 (release)
+    # Of Eq. 10's second term, the code to its feature (release); of nearest codes VQ-VAE's commitment (0.25 there).
+    beta: float = 0.05
     entropy_temperature: float = 0.01  # of the softmax in the entropy term (release)
     backend: str = "auto"  # of the assignment: "auto", "reference", "tiled", "compiled" or "triton"
     quantization_weight: float = 1.0  # of the quantization term, Eq. 10-11 (release)
