@@ -79,6 +79,10 @@ def test_quantization_error_is_over_elements_not_batches():
     assert error.compute().item() == pytest.approx((3 * 1 + 1 * 4) / 4)
     with pytest.raises(ValueError, match=r"of one shape \(B, "):
         error.update(torch.ones(1, 2), torch.ones(2, 2))
+    error.elements += 2**24  # where float32 no longer counts
+    before = error.elements.clone()
+    error.update(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    assert error.elements == before + 1
 
 
 def test_utilization_counts_each_code_once():

@@ -144,6 +144,8 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     assert weight.item() == pytest.approx(5 / (2 + 1e-6), rel=1e-7)
     assert not weight.requires_grad
     assert parameter.grad is None
+    smaller = loss_weights.adaptive_weight(0.1 * reconstruction, adversarial, parameter)  # below 1 too
+    assert smaller.item() == pytest.approx(0.5 / (2 + 1e-6), rel=1e-6)
     (reconstruction + weight * adversarial).backward()  # the graphs are still there
     assert loss_weights.adaptive_weight(parameter.sum() * 1e9, parameter.sum(), parameter).item() == 1e4
     with pytest.raises(ValueError, match="that the adversarial loss does not depend on"):

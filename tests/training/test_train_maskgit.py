@@ -1,4 +1,5 @@
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -166,6 +167,13 @@ def test_a_step_updates_all_parameters_at_its_last_micro_batch(caches, tmp_path,
     monkeypatch.setattr(Trainer, "update", noted)
     train_maskgit(dataclasses.replace(SMALL, steps=2), *caches, tmp_path)
     assert lasts == [False, True] * 2
+
+
+def test_processes_average_their_gradients_once_a_step(caches, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(MaskGITStage, "gradients_apart", lambda _, apart, *__: asked.append(apart) or nullcontext())
+    train_maskgit(dataclasses.replace(SMALL, steps=2, accumulation=3), *caches, tmp_path)
+    assert asked == [True, True, False] * 2
 
 
 def test_captions_condition_too(caches, tmp_path):

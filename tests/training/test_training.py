@@ -450,6 +450,17 @@ def test_the_last_bits_of_latents_do_not_make_another_run(stopped):
     assert outline(latents) != outline(latents.flip(0))
 
 
+def test_a_fit_weighs_its_terms_and_starts_from_data_as_it_is_told(tmp_path):
+    plain = fit(tmp_path / "plain")
+    assert not same(plain, fit(tmp_path / "lighter", quantization_weight=0.01))
+    assert not same(plain, fit(tmp_path / "surer", entropy_weight=1.0))
+    latents = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    own = {"kind": "nearest", "start": "data", "steps": 1, "learning_rate": 0.0}
+    codes = fit(tmp_path / "data", latents, **own)["codebooks.weight"]
+    means = latents.mean(dim=(2, 3))  # the features of a level of side 1, which gets the first three codes
+    assert (torch.cdist(codes[:3], means).amin(dim=1) < 1e-5).all()
+
+
 def test_latents_of_other_images_are_another_run_whatever_their_averages(tmp_path):
     latents = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     moved = latents.clone()
