@@ -176,20 +176,21 @@ def test_every_level_is_to_lower_the_frechet_distance_too_where_there_is_one():
     assert "fd_effnet@64: 2 to 3 levels" in verdict(210.0)["detail"]
 
 
+def test_levels_are_those_of_grids_that_end_alike_with_nearest_codes_from_data():
+    grids = {"one grid": [8], "pyramid": [4, 8], "five grids": [8] * 5}
+    methods = "nearest, data start", "nearest, random start"
+    rows = [result(grid, method, 0, 0.1, setting=s) for grid in grids for method in methods for s in ("best", "tried")]
+    found = level_rows(rows, grids)
+    assert {n: [(row["grid"], row["method"], row["setting"]) for row in own] for n, own in found.items()} == {
+        1: [("one grid", "nearest, data start", "best")],
+        2: [("pyramid", "nearest, data start", "best")],
+    }
+
+
 def test_the_distances_of_a_trials_images_are_measured_once(tmp_path, data, monkeypatch):
     own = factorial(tmp_path, data)
-    rows = [
-        own.trial(method, grid, scales, 0.05, 0.0, 0, decoded=True) | {"setting": "best"}
-        for method in ("nearest, data start", "nearest, random start")
-        for grid, scales in {"one grid": [8], "pyramid": [4, 8], "five grids": [8] * 5}.items()
-    ]
-    levels = level_rows(rows, {"one grid": [8], "pyramid": [4, 8], "five grids": [8] * 5})
-    assert {number: [row["grid"] for row in found] for number, found in levels.items()} == {
-        1: ["one grid"],
-        2: ["pyramid"],
-    }
+    row = own.trial("nearest, data start", "pyramid", [4, 8], 0.05, 0.0, 0, decoded=True) | {"setting": "best"}
     distance = data.reference(build_frechet("fd_effnet", 32))
-    (row,) = levels[2]
     found = own.distances(row, distance)
     assert list(found) == ["fd_effnet@32", "kd_effnet@32"]
     quantizer = own.fitted("nearest", "best", row).quantizer
