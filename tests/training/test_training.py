@@ -30,7 +30,7 @@ from codalib.training.settings import (
     QuantizerSettings,
     TokenizerSettings,
 )
-from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer
+from codalib.training.tokenizer import TokenizerStage, train_and_save, train_tokenizer, untrained_tokenizer
 from codalib.training.trainer import RampedEMA, Stage, TimeLimit, Trainer, checksum, learning_rate_factor, read_log
 from codalib.training.vae import VaeStage, build_autoencoder, latent_std, pretrain_vae
 
@@ -448,6 +448,13 @@ def test_the_last_bits_of_latents_do_not_make_another_run(stopped):
     fit(stopped[0], latents + 1e-7)
     assert len(list(stopped[0].glob("checkpoints/*/"))) == 1
     assert outline(latents) != outline(latents.flip(0))
+
+
+def test_the_layers_that_are_named_are_adapted(vae):
+    own = TokenizerSettings(steps=1, batch_size=1, codebook_size=8, scales=SCALES, rank=2, adapted_layers=("conv1",))
+    trained = [name for name, p in untrained_tokenizer(own, vae).vae.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".conv1." in name and "lora" in name for name in trained)
 
 
 def test_a_fit_weighs_its_terms_and_starts_from_data_as_it_is_told(tmp_path):
