@@ -8,14 +8,10 @@ from codalib.evaluation.generation import GenerationSettings, SamplerConfig
 from codalib.evaluation.reconstruction import EvaluationSettings
 from codalib.training.settings import EncodingSettings, MaskGITSettings, QuantizerSettings, TokenizerSettings
 
-QUANTIZER, TOKENIZER = ((one, {"steps": 1, "batch_size": 1}) for one in (QuantizerSettings, TokenizerSettings))
-EVALUATION, GENERATION = (
-    (EvaluationSettings, {"dataset": "emoji", "resolution": 64}),
-    (
-        GenerationSettings,
-        {"dataset": "emoji"},
-    ),
-)
+QUANTIZER = QuantizerSettings, {"steps": 1, "batch_size": 1}
+TOKENIZER = TokenizerSettings, {"steps": 1, "batch_size": 1}
+EVALUATION = EvaluationSettings, {"dataset": "emoji", "resolution": 64}
+GENERATION = GenerationSettings, {"dataset": "emoji"}
 
 
 @pytest.mark.parametrize(
