@@ -9,6 +9,7 @@ before it has changed. Its checkpoints are nobody's output, so that an interrupt
 import os
 import sys
 
+from codalib.base.hardware import STAGES as SIDE_BY_SIDE
 from codalib.base.paths import MANIFEST, reports_folder, runs_folder
 from codalib.workflow.dependencies import library_files, outside
 from codalib.workflow.profiles import profile_resources, profile_section, profile_stages
@@ -18,6 +19,7 @@ RUNS = os.path.relpath(runs_folder(PROFILE))
 REPORTS = os.path.relpath(reports_folder(PROFILE))
 PYTHON = sys.executable
 CLUSTER = config.get("cluster", False)
+SHARE = max(1, workflow.cores // int(os.environ.get(SIDE_BY_SIDE, "1"))) if not CLUSTER else None
 
 ORDER = [
     "start_here",
@@ -98,8 +100,8 @@ rule stage:
         page=REPORTS + "/{stage}.html",
     params:
         values=lambda wildcards: watched(wildcards.stage),
-    # On one machine one stage at a time, with all of it.
-    threads: lambda wildcards: profile_resources(PROFILE, wildcards.stage).cores if CLUSTER else workflow.cores
+    # On one machine a stage's share of it; without `codalib run --exclusive` one stage at a time, with all of it.
+    threads: lambda wildcards: profile_resources(PROFILE, wildcards.stage).cores if CLUSTER else SHARE
     resources:
         **{name: of_stage(name) for name in ASKED},
     shell:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from codalib.base.hardware import THREADS, fixed_threads
+from codalib.base.hardware import STAGES, THREADS, fixed_threads, gpu_count, usable_cores
 from codalib.base.paths import project_folder, reports_folder, runs_folder
 from codalib.workflow.execute import check_profile, execute, keep_checked_outputs
 from codalib.workflow.profiles import StageError
@@ -20,25 +20,28 @@ log = logging.getLogger(__name__)
 
 NICENESS = 15  # of a profile's run beside other work
 JOBS = 20  # stages at a time that wait or run on a cluster
+SIDE_BY_SIDE = 2  # stages on a processor alone: two threads make a training step 1.3 to 1.5 times as fast, not twice
 
 
 def run_profile(profile: str, exclusive: bool = False, executor: str | None = None) -> int:
     """Every stage of a profile that is not up to date, in Snakemake's order; returns its exit status.
 
     By default beside a person's own work: one stage at a time, in one thread, at low priority. EXCLUSIVE takes all
-    cores.
+    cores, without a GPU by two stages at a time that need nothing of each other, each with its share of the threads.
     With EXECUTOR "slurm" each stage is a job of the cluster, of what the profile's `resources` say.
     A lock of Snakemake's own would outlive a killed run; `workflow.execute` holds one a notebook that does not.
     """
     check_profile(profile)
     if executor == "slurm":
         return _run_on_slurm(profile)
-    cores = "all" if exclusive else "1"
+    threads, cores = fixed_threads(), usable_cores() if exclusive else 1
+    stages = 1 if gpu_count() else max(1, min(SIDE_BY_SIDE, cores // (threads or 1)))
+    os.environ[STAGES] = str(stages)
     # Snakemake sets OMP_NUM_THREADS for what it starts, which must not pass for a person's choice.
-    os.environ[THREADS] = str(fixed_threads() or ("auto" if exclusive else 1))
+    os.environ[THREADS] = str(threads or ("auto" if exclusive else 1))
     if not exclusive:
         os.nice(NICENESS)
-    return _snakemake(profile, "--cores", cores)
+    return _snakemake(profile, "--cores", str(stages * (cores // stages)))
 
 
 def _run_on_slurm(profile: str) -> int:

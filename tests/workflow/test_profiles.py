@@ -363,17 +363,31 @@ def test_a_cluster_gets_every_stage_with_its_logs_below_the_runs(monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fixed", "cores", "threads", "nice"),
-    [([], None, "1", "1", 15), (["--exclusive"], None, "all", "auto", 0), (["--exclusive"], "3", "all", "3", 0)],
+    ("arguments", "fixed", "machine", "gpus", "cores", "stages", "threads", "nice"),
+    [
+        ([], None, 8, 0, "1", "1", "1", 15),
+        (["--exclusive"], None, 2, 0, "2", "2", "auto", 0),
+        (["--exclusive"], None, 1, 0, "1", "1", "auto", 0),
+        (["--exclusive"], None, 9, 0, "8", "2", "auto", 0),  # two stages of four threads
+        (["--exclusive"], None, 9, 1, "9", "1", "auto", 0),  # a GPU has room for one
+        (["--exclusive"], "3", 4, 0, "4", "1", "3", 0),
+        (["--exclusive"], "2", 4, 0, "4", "2", "2", 0),
+    ],
 )
-def test_a_profile_runs_beside_other_work_or_alone(monkeypatch, arguments, fixed, cores, threads, nice):
+def test_a_profile_runs_beside_other_work_or_alone(
+    monkeypatch, arguments, fixed, machine, gpus, cores, stages, threads, nice
+):
     started = []
     monkeypatch.setattr(run.subprocess, "run", lambda command, **_: started.append(command) or Namespace(returncode=1))
     monkeypatch.setattr(run.os, "nice", started.append)
+    monkeypatch.setattr(run, "usable_cores", lambda: machine)
+    monkeypatch.setattr(run, "gpu_count", lambda: gpus)
     monkeypatch.setenv("OMP_NUM_THREADS", fixed or "")
     monkeypatch.setenv("CODALIB_THREADS", "")
+    monkeypatch.setenv("CODALIB_STAGES", "")
     assert run.main(["--profile", "smoke", *arguments]) == 1
     command = started[-1]
+    assert os.environ["CODALIB_STAGES"] == stages
     assert command[command.index("--cores") + 1] == cores
     assert os.environ["CODALIB_THREADS"] == threads
     assert [found for found in started if isinstance(found, int)] == ([nice] if nice else [])
