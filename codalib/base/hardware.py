@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 THREADS = "CODALIB_THREADS"  # in the environment: a fixed number, or "auto" (not set: OMP_NUM_THREADS, else "auto")
-STAGES = "CODALIB_STAGES"  # how many stages of a profile run side by side: "auto" takes at most a stage's share of cores
+STAGES = "CODALIB_STAGES"  # stages of a profile that run side by side: "auto" takes at most a stage's share of cores
 # GNU's and Intel's OpenMP: a thread that waits sleeps after a moment. A step of the emoji tokenizer on 2 cores, in s:
 # quiet 0.72 without spinning, 0.58 with 1,000 spins, 0.47 by default; beside one other process 1.1, 1.3 and 1.9.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
