@@ -14,6 +14,7 @@ from codalib.datasets.images import ImageDataset, evaluation_batches, training_b
 from codalib.evaluation.metrics import coverage, frechet_distance
 from codalib.models.quantizer import ResidualQuantizer
 from codalib.models.ranking import confidence
+from codalib.models.tokenizer import CodaTokenizer
 from codalib.models.vae import ContinuousVAE
 
 
@@ -177,3 +178,23 @@ def quantizer_scores(
         "token_change": changed / (per_level.sum().item() * len(latents)),
     }
     return scores, errors / variance
+
+
+@torch.no_grad()
+def token_stability(tokenizer: CodaTokenizer, dataset: ImageDataset, batch_size: int = 64) -> dict[str, float]:
+    """The fraction of tokens that another view of the same image changes, of the posterior's means.
+
+    Returns {"shift_change": the image moved one pixel to the right, its left edge repeated, "reencoding_change": what
+    the tokens decode to, encoded again}. For another draw of the posterior see `quantizer_scores`.
+    """
+    device, changed, count = next(tokenizer.parameters()).device, torch.zeros(2, dtype=torch.float64), 0
+    for batch in evaluation_batches(dataset, batch_size):
+        images = batch["image"].to(device)
+        tokens = tokenizer.encode(images, sample=False)
+        shifted = torch.cat([images[..., :1], images[..., :-1]], dim=-1)
+        views = shifted, tokenizer.decode(tokens).clamp(-1, 1)
+        for place, view in enumerate(views):
+            again = tokenizer.encode(view, sample=False)
+            changed[place] += sum((one != two).sum().item() for one, two in zip(tokens, again, strict=True))
+        count += tokenizer.num_tokens * len(images)
+    return dict(zip(("shift_change", "reencoding_change"), (changed / count).tolist(), strict=True))

@@ -16,7 +16,7 @@ from codalib.experiments.statistics import SPREAD_SUFFIX
 
 DESCRIPTIONS = ("ratio", "codebook_size", "iterations", "parameters", "steps")  # columns that say what a method is
 # Columns with these words are shown in percent.
-FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies", "token_change")
+FRACTIONS = ("utilization", "accuracy", "precision", "recall", "copies", "_change")
 PAPER_PREFIX = "paper_"
 pd.options.display.html.use_mathjax = False  # cells hold names of folders and classes, no formulas
 for _limit in ("max_rows", "max_columns", "max_colwidth"):  # a table shows all it has, a page scrolls

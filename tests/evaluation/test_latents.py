@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
 
-from codalib.evaluation.latents import approximation, code_spread, features_of, sharpness
+from codalib.evaluation.latents import approximation, code_spread, features_of, sharpness, token_stability
 from codalib.models.ranking import confidence
 from codalib.training.settings import QuantizerSettings
 
@@ -78,3 +80,33 @@ def test_sharpness_of_several_levels_is_the_mean_over_their_tokens(latents):
     scores = [level.flatten(0, 2) for level in confidence(quantizer, latents, top=16)]
     expected = torch.cat(scores)[:, 0].mean().item()
     assert sharpness(quantizer, latents, batch_size=7)["top_1_probability"] == pytest.approx(expected, rel=1e-5)
+
+
+class Stripes(nn.Module):
+    """A tokenizer whose token is 1 where it is bright, and not beyond white; it decodes to +FACTOR and -FACTOR."""
+
+    num_tokens = 17
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor), requires_grad=False)
+
+    def encode(self, images, sample):
+        assert not sample
+        means = [adaptive_avg_pool2d(images[:, 0], side) for side in (1, 4)]
+        return [((mean > 0) & (mean < 1.1)).long() for mean in means]
+
+    def decode(self, tokens):
+        return self.factor * (2.0 * tokens[1] - 1)[:, None].expand(-1, 3, -1, -1).repeat_interleave(
+            2, 2
+        ).repeat_interleave(2, 3)
+
+
+def test_tokens_that_another_view_changes(monkeypatch):
+    images = torch.tensor([1.0, 1, -1, -1, 1, 1, -1, -1]).expand(3, 3, 8, 8)  # the middle as a whole: token 0
+    batches = [{"image": images[:2]}, {"image": images[2:]}]
+    monkeypatch.setattr("codalib.evaluation.latents.evaluation_batches", lambda *_: batches)
+    # Shifted: + + + - - + + -, so that the whole is above the middle, and the third of four patches no longer is.
+    assert token_stability(Stripes(0.5), None) == {"shift_change": 5 / 17, "reencoding_change": 0}
+    assert token_stability(Stripes(1.5), None)["reencoding_change"] == 0  # clamped
+    assert token_stability(Stripes(-0.5), None)["reencoding_change"] == 16 / 17
