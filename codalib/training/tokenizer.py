@@ -62,8 +62,10 @@ class TokenizerStage(Stage):
         self.trained = [p for p in self.tokenizer.parameters() if p.requires_grad]
         self.perceptual = build_perceptual(settings.perceptual_network, self.weights.perceptual)
         self.discriminator = build_discriminator(settings.discriminator_network, self.weights.adversarial)
-        networks = {"perceptual": self.perceptual, "discriminator": self.discriminator}
-        found = {name: network.to(self.device) for name, network in networks.items() if network is not None}
+        networks = self.perceptual, self.discriminator
+        for network in networks:
+            if network is not None:
+                network.to(self.device)
         optimizers = {"generator": self.optimizer(self.trained, settings.weight_decay)}
         if self.discriminator is not None:
             heads = list(self.discriminator.heads.parameters())
@@ -76,12 +78,12 @@ class TokenizerStage(Stage):
             self.accelerator,
             self.tokenizer,
             optimizers,
-            {name: network for name, network in found.items() if name == "discriminator"},
+            {} if self.discriminator is None else {"discriminator": self.discriminator},
             settings.ema_ramp,
             data=[train.inputs, val.inputs],
             vae=[checksum(*vae.state_dict().values()), vae.scale, vae.shift],
             start=None if quantizer is None else checksum(*quantizer.state_dict().values()),
-            networks=[None if network is None else network.name for network in networks.values()],
+            networks=[None if network is None else network.name for network in networks],
         )
 
     def build_tokenizer(self, vae: ContinuousVAE, start: ResidualQuantizer | None) -> CodaTokenizer:
