@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_evaluation_gives_every_measure(trained, images):
 
 
 def test_a_term_that_is_not_finite_stops_the_run(vae, images, tmp_path):
-    with pytest.raises(NonFiniteLoss, match="step"):
+    with pytest.raises(NonFiniteLoss, match="at step 1 the loss"):
         train_tokenizer(dataclasses.replace(SMALL, learning_rate=1e30, clip=1e30), vae, *images, tmp_path)
 
 
@@ -632,6 +633,12 @@ def test_a_promise_of_minutes_is_watched(caplog):
     for wrong in ((math.nan,), (1.0, "both"), (0.0, "minutes"), (-1.0, "steps")):
         with pytest.raises(ValueError, match="expected minutes above 0, and to keep 'minutes' or 'steps'"):
             TimeLimit(*wrong)
+
+
+def test_minutes_are_for_one_process():
+    several = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
+    with pytest.raises(ValueError, match="expected one process with a limit of minutes"):
+        Trainer.run(several, None, "", TimeLimit(1.0))
 
 
 def test_what_ends_early_goes_on_from_there(vae, images, tmp_path):
