@@ -9,7 +9,7 @@ before it has changed. Its checkpoints are nobody's output, so that an interrupt
 import os
 import sys
 
-from codalib.base.hardware import STAGES as SIDE_BY_SIDE
+from codalib.base.hardware import stages_side_by_side
 from codalib.base.paths import MANIFEST, reports_folder, runs_folder
 from codalib.workflow.dependencies import library_files, outside
 from codalib.workflow.profiles import profile_resources, profile_section, profile_stages
@@ -19,7 +19,7 @@ RUNS = os.path.relpath(runs_folder(PROFILE))
 REPORTS = os.path.relpath(reports_folder(PROFILE))
 PYTHON = sys.executable
 CLUSTER = config.get("cluster", False)
-SHARE = max(1, workflow.cores // int(os.environ.get(SIDE_BY_SIDE, "1"))) if not CLUSTER else None
+SHARE = None if CLUSTER else max(1, workflow.cores // stages_side_by_side())  # cores of a stage
 
 ORDER = [
     "start_here",

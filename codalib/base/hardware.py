@@ -154,6 +154,15 @@ def fixed_threads() -> int | None:
     value = os.environ.get(name, "").split(",")[0].strip()  # OpenMP takes a list, one number a nested level
     if value == ("auto" if name == THREADS else ""):
         return None
+    return _count(name, value)
+
+
+def stages_side_by_side() -> int:
+    """How many stages of a profile share this machine's cores: 1, or what `codalib run --exclusive` has put there."""
+    return _count(STAGES, os.environ.get(STAGES) or "1")
+
+
+def _count(name: str, value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"expected a whole number of at least 1 in {name}, got {value!r}: correct or unset it")
     return int(value)
@@ -212,7 +221,7 @@ class LoadMeter:
 
     def free_cores(self) -> int:
         """At least 1, at most this stage's share; a core that others use less than a quarter of the time is free."""
-        share = usable_cores() // int(os.environ.get(STAGES, "1"))
+        share = usable_cores() // stages_side_by_side()
         return max(1, min(share, usable_cores() - math.ceil(self.others() - 0.25)))
 
 

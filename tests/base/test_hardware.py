@@ -16,13 +16,13 @@ from codalib.base import hardware
 def machine(monkeypatch):
     """Four cores whose other processes keep `load` of them busy; no number of threads is fixed."""
     load = {"others": 0.0}
-    for name in ("CODALIB_THREADS", "OMP_NUM_THREADS", *hardware.PASSIVE):
+    for name in ("CODALIB_THREADS", "CODALIB_STAGES", "OMP_NUM_THREADS", *hardware.PASSIVE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hardware, "usable_cores", lambda: 4)
     monkeypatch.setattr(hardware, "SAMPLE_SECONDS", 0)
     monkeypatch.setattr(hardware.LoadMeter, "others", lambda self: load["others"])
     yield load
-    for name in ("CODALIB_THREADS", "OMP_NUM_THREADS", *hardware.PASSIVE):
+    for name in ("CODALIB_THREADS", "CODALIB_STAGES", "OMP_NUM_THREADS", *hardware.PASSIVE):
         os.environ.pop(name, None)
 
 
@@ -34,6 +34,13 @@ def test_as_many_threads_as_cores_are_free(machine, others, threads):
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     machine["others"] = 0.0
     assert hardware.set_threads() == 4  # our own choice fixes nothing for a process started from this one
+
+
+@pytest.mark.parametrize(("others", "threads"), [(0.0, 2), (1.0, 2), (2.1, 2), (3.0, 1)])
+def test_stages_side_by_side_share_the_cores(machine, others, threads):
+    os.environ["CODALIB_STAGES"] = "2"
+    machine["others"] = others  # of which one may be the other stage
+    assert hardware.set_threads() == threads
 
 
 @pytest.mark.parametrize(
@@ -49,10 +56,11 @@ def test_a_fixed_number_is_respected(machine, monkeypatch, variables, threads):
     assert hardware.set_threads() == threads == hardware.fixed_threads()
 
 
+@pytest.mark.parametrize("name", ["CODALIB_THREADS", "CODALIB_STAGES"])
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
-def test_a_wrong_number_is_one_sentence(machine, value):
-    os.environ["CODALIB_THREADS"] = value
-    with pytest.raises(ValueError, match="expected a whole number of at least 1 in CODALIB_THREADS, got"):
+def test_a_wrong_number_is_one_sentence(machine, name, value):
+    os.environ[name] = value
+    with pytest.raises(ValueError, match=f"expected a whole number of at least 1 in {name}, got"):
         hardware.set_threads()
 
 

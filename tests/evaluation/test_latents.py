@@ -97,9 +97,8 @@ class Stripes(nn.Module):
         return [((mean > 0) & (mean < 1.1)).long() for mean in means]
 
     def decode(self, tokens):
-        return self.factor * (2.0 * tokens[1] - 1)[:, None].expand(-1, 3, -1, -1).repeat_interleave(
-            2, 2
-        ).repeat_interleave(2, 3)
+        images = (2 * self.factor * tokens[1] - self.factor)[:, None].expand(-1, 3, -1, -1)
+        return images.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def test_tokens_that_another_view_changes(monkeypatch):
