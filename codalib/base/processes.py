@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 import torch.multiprocessing
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
@@ -124,18 +124,19 @@ def _work(index: int, function: Callable[..., None], arguments: tuple, place: Pl
 
 def _join(store: torch.distributed.Store | None = None) -> None:
     """Join the processes that the environment tells of, each with its own GPU."""
-    if torch.distributed.is_initialized():
-        return
-    place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-    if gpus := gpu_count():
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= gpus:
-            raise ValueError(f"expected one process a GPU, got {local_rank + 1} processes and {gpus} GPUs here")
-        torch.cuda.set_device(local_rank)
-    backend = "nccl" if gpus else "gloo"
-    torch.distributed.init_process_group(backend, timeout=PATIENCE, **(place if store else {}))
-    if backend == "gloo":  # it connects at once: who had nothing to say would be gone before the others have reached it
-        torch.distributed.barrier()
+    gpus = gpu_count()
+    if not torch.distributed.is_initialized():
+        place = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        if gpus:
+            local_rank = int(os.environ["LOCAL_RANK"])
+            if local_rank >= gpus:
+                raise ValueError(f"expected one process a GPU, got {local_rank + 1} processes and {gpus} GPUs here")
+            torch.cuda.set_device(local_rank)
+        backend = "nccl" if gpus else "gloo"
+        torch.distributed.init_process_group(backend, timeout=PATIENCE, **(place if store else {}))
+        if backend == "gloo":  # it connects at once: who had nothing to say would be gone before the others reach it
+            torch.distributed.barrier()
+    PartialState(cpu=not gpus)  # left to itself, accelerate takes a process without a GPU for the only one
 
 
 def _reason(error: ProcessException, rank: int, processes: int) -> str:

@@ -55,14 +55,14 @@ def test_the_environment_names_the_folder_of_the_data(tmp_path):
     assert shown.stdout.strip() == str(tmp_path)
 
 
-@pytest.mark.parametrize("home", [None, "/nonexistent", "/proc"])
-def test_libraries_get_a_folder_where_home_cannot_be_written(tmp_path, home):
-    code = (
-        "import codalib, os, pathlib, matplotlib, jupyter_core.paths as j, IPython.paths as i\n"
-        "from codalib.models.checkpoints.names import find_model\n"
-        "find_model('unknown')\n"
-        "print(os.environ['NUMBA_CACHE_DIR'], matplotlib.get_configdir(), j.jupyter_runtime_dir(), i.get_ipython_dir())"
-    )
+HUB = "from codalib.models.checkpoints.names import find_model; find_model('unknown')"  # has a folder too
+
+
+@pytest.mark.parametrize(("home", "more"), [(None, HUB), ("/nonexistent", ""), ("/proc", "")])
+def test_libraries_get_a_folder_where_home_cannot_be_written(tmp_path, home, more):
+    code = f"""import codalib, os, matplotlib, jupyter_core.paths as j, IPython.paths as i
+{more}
+print(os.environ["NUMBA_CACHE_DIR"], matplotlib.get_configdir(), j.jupyter_runtime_dir(), i.get_ipython_dir())"""
     environment = {name: value for name, value in os.environ.items() if name not in {"HOME", *paths.HOMES}}
     environment |= {"CODALIB_RUNS": str(tmp_path)} | ({} if home is None else {"HOME": home})
     shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

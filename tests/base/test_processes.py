@@ -11,7 +11,7 @@ from codalib.base.processes import check_environment, launch, make_accelerator
 
 
 def write_number(folder):
-    state = PartialState(cpu=True)
+    state = PartialState()
     total = torch.tensor(state.process_index + 1.0)
     if state.num_processes > 1:
         torch.distributed.all_reduce(total)
@@ -29,7 +29,7 @@ def fail():
 
 
 def fail_while_the_other_waits():
-    state = PartialState(cpu=True)
+    state = PartialState()
     torch.distributed.destroy_process_group = lambda: time.sleep(600)  # as NCCL's may, while others wait
     if state.process_index == 1:
         raise RuntimeError("the work itself failed")
@@ -37,13 +37,13 @@ def fail_while_the_other_waits():
 
 
 def be_killed():
-    if PartialState(cpu=True).process_index == 1:
+    if PartialState().process_index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     torch.distributed.barrier()
 
 
 def write_device_and_change(folder, module):
-    (folder / f"{PartialState(cpu=True).process_index}").write_text(str(next(module.parameters()).device))
+    (folder / f"{PartialState().process_index}").write_text(str(next(module.parameters()).device))
     torch.nn.init.zeros_(module.weight)
 
 

@@ -152,43 +152,6 @@ def test_adaptive_weight_is_the_ratio_of_gradient_norms():
         loss_weights.adaptive_weight(parameter.sum(), torch.zeros((), requires_grad=True) * 1, parameter)
 
 
-def adaptive_weight_of_one_process(rank: int, port: int, queue) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    queue.put(adaptive_weight_on(batch()[rank : rank + 1]))
-    torch.distributed.destroy_process_group()
-
-
-def batch() -> torch.Tensor:
-    return torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
-
-
-def adaptive_weight_on(inputs: torch.Tensor) -> tuple[float, float]:
-    """At a shared parameter, and at an activation that each process has its own rows of."""
-    parameter = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
-    activation = inputs * parameter
-    outputs = activation.sum(dim=1)
-    two = (outputs.square().mean(), outputs.sin().mean())
-    return tuple(loss_weights.adaptive_weight(*two, anchor).item() for anchor in (parameter, activation))
-
-
-def test_two_processes_share_the_adaptive_weight_of_the_whole_batch():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")  # autograd does not survive a fork
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=adaptive_weight_of_one_process, args=(rank, port, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(600)  # a machine may be busy
-        assert process.exitcode == 0
-    expected = adaptive_weight_on(batch())
-    assert [queue.get(), queue.get()] == [pytest.approx(expected, rel=1e-5)] * 2
-
-
 def test_ramp():
     assert [loss_weights.ramp(step, 4) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     with pytest.raises(ValueError, match="step -1"):

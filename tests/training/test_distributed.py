@@ -1,16 +1,18 @@
-"""Two processes with half the batch each give the gradients of one process with the whole batch."""
+"""Two processes with half the batch each do what one process does with the whole batch.
+
+They are started once, since that takes longer than most of what they then do, and go through the parts below, each in a
+folder of its own; a test looks at what its part has left there.
+"""
 
 import contextlib
 import json
-import socket
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +22,7 @@ from codalib.evaluation.metrics import ReconstructionMetrics
 from codalib.evaluation.reconstruction import evaluate
 from codalib.models.adapters import add_adapters
 from codalib.models.checkpoints import load_vae
+from codalib.models.loss_weights import adaptive_weight
 from codalib.models.quantizer import ResidualAttentionQuantizer
 from codalib.models.tokenizer import CodaTokenizer
 from codalib.training.settings import TokenizerSettings
@@ -48,48 +51,72 @@ def pictures():
     return torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def work(rank, port, path):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def share_gradients(folder):
+    rank = PartialState().process_index
     found = gradients(DistributedDataParallel(tokenizer()), pictures()[2 * rank : 2 * rank + 2])
-    if rank == 0:
-        save_file({name.removeprefix("module."): value.contiguous() for name, value in found.items()}, path)
-    torch.distributed.destroy_process_group()
+    found = {name.removeprefix("module."): value.contiguous() for name, value in found.items()}
+    save_file(found, folder / f"{rank}")
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, tmp_path / "gradients"), nprocs=2)
-    shared, whole = load_file(tmp_path / "gradients"), gradients(tokenizer(), pictures())
-    assert shared.keys() == whole.keys()
+def test_two_processes_give_the_gradients_of_one(parts):
+    whole = gradients(tokenizer(), pictures())
     assert any("encoder" in name and value.abs().max() > 0 for name, value in whole.items())
-    for name, value in whole.items():
-        assert torch.allclose(shared[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item()), name
+    for rank in (0, 1):
+        shared = load_file(parts / "share_gradients" / f"{rank}")
+        assert shared.keys() == whole.keys()
+        for name, value in whole.items():
+            assert torch.allclose(shared[name], value, rtol=1e-4, atol=1e-4 * value.abs().max().item()), name
+
+
+def adaptive_weight_on(inputs):
+    """At a shared parameter, and at an activation that each process has its own rows of."""
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    activation = inputs * parameter
+    outputs = activation.sum(dim=1)
+    two = (outputs.square().mean(), outputs.sin().mean())
+    return [adaptive_weight(*two, anchor).item() for anchor in (parameter, activation)]
+
+
+def batch():
+    return torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
+
+
+def share_adaptive_weight(folder):
+    rank = PartialState().process_index
+    (folder / f"{rank}.json").write_text(json.dumps(adaptive_weight_on(batch()[rank : rank + 1])))
+
+
+def test_two_processes_share_the_adaptive_weight_of_the_whole_batch(parts):
+    for rank in (0, 1):
+        found = json.loads((parts / "share_adaptive_weight" / f"{rank}.json").read_text())
+        assert found == pytest.approx(adaptive_weight_on(batch()), rel=1e-5)
 
 
 SCALES = (1, 2, 4, 8)
 
 
-def train(settings, train, val, folder):
-    train_and_save(settings, "emoji", train, val, folder)
+def validation():
+    return load_dataset("emoji", "val", 64, limit=5)
+
+
+def train(folder):
+    settings = TokenizerSettings(steps=2, batch_size=2, codebook_size=32, scales=SCALES, rank=2, log_every=1)
+    images, val = load_dataset("emoji", "train", 64, limit=8), validation()
+    train_and_save(settings, "emoji", images, val, folder)
     # Again: nothing is left to train, each process takes up the last checkpoint.
-    state = train_tokenizer(settings, load_vae("emoji"), train, val, folder).state_dict()
+    state = train_tokenizer(settings, load_vae("emoji"), images, val, folder).state_dict()
     save_file({name: value.contiguous() for name, value in state.items()}, folder / f"{PartialState().process_index}")
 
 
-def test_two_processes_train_and_evaluate_one_tokenizer(tmp_path):
-    settings = TokenizerSettings(steps=2, batch_size=2, codebook_size=32, scales=SCALES, rank=2, log_every=1)
-    val = load_dataset("emoji", "val", 64, limit=5)
-    launch(train, 2, settings, load_dataset("emoji", "train", 64, limit=8), val, tmp_path)
-    rows = read_log(tmp_path)
+def test_two_processes_train_and_evaluate_one_tokenizer(parts):
+    folder, val = parts / "train", validation()
+    rows = read_log(folder)
     assert [row["step"] for row in rows] == [1, 2]
     assert {"perceptual_effnet", "adversarial", "discriminator", "entropy"} <= rows[0].keys()
-    first, second = load_file(tmp_path / "0"), load_file(tmp_path / "1")
+    first, second = load_file(folder / "0"), load_file(folder / "1")
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    tokenizer = CodaTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer = CodaTokenizer.from_pretrained(folder / "tokenizer")
     values = evaluate(tokenizer, val, ReconstructionMetrics(32, len(SCALES), frechet=None))
     for name in ("psnr", "quantization_error", "utilization"):
         assert rows[-1][f"val_{name}"] == pytest.approx(values[name], rel=1e-4)
@@ -125,10 +152,9 @@ def count_averages(folder):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
 
 
-def test_gradients_are_averaged_once_a_step(tmp_path):
-    launch(count_averages, 2, tmp_path)
+def test_gradients_are_averaged_once_a_step(parts):
     for rank in (0, 1):
-        apart, each_time = json.loads((tmp_path / f"{rank}.json").read_text())
+        apart, each_time = json.loads((parts / "count_averages" / f"{rank}.json").read_text())
         assert apart == {"tokenizer": 1, "discriminator": 1}
         assert each_time["tokenizer"] >= 4
 
@@ -159,10 +185,25 @@ def stop_and_go_on(folder):
         save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / f"{name}-{one.rank}")
 
 
-def test_two_processes_go_on_as_if_they_had_never_stopped(tmp_path):
-    launch(stop_and_go_on, 2, tmp_path)
-    wanted = load_file(tmp_path / "whole-0")
+def test_two_processes_go_on_as_if_they_had_never_stopped(parts):
+    folder = parts / "stop_and_go_on"
+    wanted = load_file(folder / "whole-0")
     assert any("running_mean" in name for name in wanted)
     for name in ("whole-1", "stopped-0", "stopped-1"):
-        found = load_file(tmp_path / name)
+        found = load_file(folder / name)
         assert [key for key, value in wanted.items() if not torch.equal(value, found[key])] == [], name
+
+
+def every_part(folder):
+    for part in (share_gradients, share_adaptive_weight, train, count_averages, stop_and_go_on):
+        own = folder / part.__name__
+        own.mkdir(exist_ok=True)
+        part(own)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The folder in which two processes have gone through every part."""
+    folder = tmp_path_factory.mktemp("parts")
+    launch(every_part, 2, folder)
+    return folder
