@@ -50,7 +50,8 @@ def test_the_command_lists_its_sub_commands():
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     shown = run("--help").stdout
-    assert all(f"\n  {command} " in shown for command in COMMANDS)
+    for command in ("run", "fetch", "features", "rehearse", "bench", "encode", "decode", "info"):
+        assert f"\n  {command} " in shown
     assert "invalid choice: 'sing'" in run("sing").stderr
 
 
